@@ -1,0 +1,49 @@
+"""Who is measured: each a command that serves a job, or the reason why it can't be run here."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+HERE = Path(__file__).parent
+ACCEPT_TASKS = (1, 16)
+C_LOOP = "C loop"
+START_SERVER = "start_server"
+
+
+class Contestant(NamedTuple):
+    """A server under measurement."""
+
+    loop: str
+    """``asyncio`` or ``uvloop``; empty for the C loop."""
+    name: str
+    command: tuple[str, ...]
+    """What starts it, once the job is appended."""
+    lacks: str = ""
+    """What it needs and this machine doesn't have."""
+
+
+def contestants(loops: Sequence[str], floor: Path | None) -> Iterator[Contestant]:
+    """Yield everybody, those who lack something included; *floor* is the compiled C loop."""
+    yield Contestant("", C_LOOP, (str(floor),), "" if floor else "a working C compiler")
+    for loop in loops:
+        lacks = _missing(loop)
+        yield Contestant(loop, START_SERVER, _script("_serve_streams.py", loop), lacks)
+        lacks = _missing(loop, "condaccept")
+        for tasks in ACCEPT_TASKS:
+            name = f"condaccept accept(), {tasks} task{'s' if tasks > 1 else ''}"
+            command = _script("_serve_condaccept.py", loop, str(tasks))
+            yield Contestant(loop, name, command, lacks)
+
+
+def _missing(*modules: str) -> str:
+    return ", ".join(name for name in modules if importlib.util.find_spec(name) is None)
+
+
+def _script(name: str, *arguments: str) -> tuple[str, ...]:
+    return (sys.executable, str(HERE / name), *arguments)

@@ -1,0 +1,128 @@
+/* Load generator: COUNT connections to 127.0.0.1:PORT, BURST of them at a time.
+ *
+ *     _load PORT COUNT BURST   ->   prints "SERVED RESET WRONG"
+ *
+ * A burst is started whole and must have ended whole before the next begins.
+ * SERVED got exactly "hello" and then EOF, RESET got a reset and not one byte,
+ * and WRONG is everything else.
+ *
+ * It never sleeps: a server on the same machine would pay for waking it, and no
+ * server pays for waking a client at the other end of a network.
+ */
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <poll.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+enum { MAX_BURST = 512, LIFETIME = 120 /* seconds, then SIGALRM ends it */ };
+enum outcome { SERVED, RESET, WRONG, OPEN };
+
+static const char greeting[] = "hello";
+static struct pollfd clients[MAX_BURST];
+static char got[MAX_BURST][sizeof greeting]; /* one byte more than is right */
+static size_t got_len[MAX_BURST];
+static long counts[OPEN];
+
+static void die(const char *what)
+{
+    perror(what);
+    exit(2);
+}
+
+static enum outcome read_on(int i)
+{
+    for (;;) {
+        ssize_t n = recv(clients[i].fd, got[i] + got_len[i], sizeof got[i] - got_len[i], 0);
+        if (n > 0) {
+            got_len[i] += (size_t)n;
+            if (got_len[i] == sizeof got[i])
+                return WRONG;
+        } else if (n == 0) {
+            size_t want = sizeof greeting - 1;
+            return got_len[i] == want && !memcmp(got[i], greeting, want) ? SERVED : WRONG;
+        } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
+            return OPEN;
+        } else if (errno != EINTR) {
+            return errno == ECONNRESET && got_len[i] == 0 ? RESET : WRONG;
+        }
+    }
+}
+
+static void open_client(int i)
+{
+    /* Ended with a reset, a connection leaves no TIME_WAIT on either side:
+     * the last round finds the kernel's tables as empty as the first did. */
+    const struct linger reset = {1, 0};
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    if (fd < 0 || fcntl(fd, F_SETFL, O_NONBLOCK) < 0)
+        die("socket");
+    setsockopt(fd, SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
+    clients[i] = (struct pollfd){.fd = fd, .events = POLLIN};
+    got_len[i] = 0;
+}
+
+static void end_client(int i, enum outcome outcome)
+{
+    counts[outcome]++;
+    close(clients[i].fd);
+    clients[i].fd = -1; /* poll() skips it */
+}
+
+static void run_burst(const struct sockaddr_in *server, int size)
+{
+    int open = size;
+    for (int i = 0; i < size; i++)
+        open_client(i);
+    for (int i = 0; i < size; i++) {
+        if (connect(clients[i].fd, (const void *)server, sizeof *server) == 0 || errno == EINPROGRESS)
+            continue;
+        end_client(i, errno == ECONNRESET ? RESET : WRONG); /* a fast server is done already */
+        open--;
+    }
+    while (open > 0) {
+        int ready = poll(clients, (nfds_t)size, 0);
+        if (ready < 0)
+            die("poll");
+        if (ready == 0)
+            sched_yield(); /* matters only where the server has no core of its own */
+        for (int i = 0; i < size; i++) {
+            enum outcome outcome = OPEN;
+            if (clients[i].fd >= 0 && clients[i].revents)
+                outcome = read_on(i);
+            if (outcome != OPEN) {
+                end_client(i, outcome);
+                open--;
+            }
+        }
+    }
+}
+
+int main(int argc, char **argv)
+{
+    if (argc != 4)
+        return 2;
+    struct sockaddr_in server = {
+        .sin_family = AF_INET,
+        .sin_port = htons((uint16_t)atoi(argv[1])),
+        .sin_addr.s_addr = htonl(INADDR_LOOPBACK),
+    };
+    long count = atol(argv[2]);
+    int burst = atoi(argv[3]);
+    if (burst < 1 || burst > MAX_BURST)
+        return 2;
+    alarm(LIFETIME);
+    while (count > 0) {
+        int size = count < burst ? (int)count : burst;
+        run_burst(&server, size);
+        count -= size;
+    }
+    printf("%ld %ld %ld\n", counts[SERVED], counts[RESET], counts[WRONG]);
+    return 0;
+}

@@ -1,0 +1,97 @@
+"""The load generator where there is no C compiler: _load.c in Python, with the same promises.
+
+``python _load.py PORT COUNT BURST`` prints ``SERVED RESET WRONG``.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+from collections import Counter
+from enum import Enum
+
+LIFETIME = 120  # seconds
+GREETING = b"hello"
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # leaves no TIME_WAIT, see _load.c
+
+
+class Outcome(Enum):
+    """How a connection ended for the client."""
+
+    SERVED = "exactly the greeting, then EOF"
+    RESET = "a reset, and not one byte"
+    WRONG = "anything else"
+
+
+class Client:
+    """One connection."""
+
+    def __init__(self) -> None:
+        """Make the socket; connecting comes later, for the whole burst at once."""
+        self.sock = socket.socket()
+        self.sock.settimeout(0)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+        self.got = b""
+
+    def connect(self, port: int) -> Outcome | None:
+        """Start connecting; a fast server may have ended it already."""
+        status = self.sock.connect_ex(("127.0.0.1", port))
+        if status in (0, errno.EINPROGRESS):
+            return None
+        return Outcome.RESET if status == errno.ECONNRESET else Outcome.WRONG
+
+    def read_on(self) -> Outcome | None:
+        """Read what is there; None while the connection is open."""
+        try:
+            while data := self.sock.recv(64):
+                self.got += data
+        except BlockingIOError:
+            return None
+        except ConnectionResetError:
+            return Outcome.WRONG if self.got else Outcome.RESET
+        except OSError:
+            return Outcome.WRONG
+        return Outcome.SERVED if self.got == GREETING else Outcome.WRONG
+
+
+def run_burst(port: int, size: int, outcomes: Counter[Outcome]) -> None:
+    """Start *size* connections at once and return when all have ended."""
+    poll = select.poll()
+    clients = {client.sock.fileno(): client for client in (Client() for _ in range(size))}
+
+    def settle(fd: int, outcome: Outcome | None) -> None:
+        if outcome is not None:
+            outcomes[outcome] += 1
+            poll.unregister(fd)
+            clients.pop(fd).sock.close()
+
+    for fd, client in list(clients.items()):
+        poll.register(fd, select.POLLIN)
+        settle(fd, client.connect(port))
+    while clients:
+        ready = poll.poll(0)
+        if not ready:
+            os.sched_yield()
+        for fd, _ in ready:
+            settle(fd, clients[fd].read_on())
+
+
+def main() -> None:
+    """Run all bursts and print what came of them."""
+    port, count, burst = map(int, sys.argv[1:])
+    signal.alarm(LIFETIME)
+    outcomes = Counter[Outcome]()
+    while count > 0:
+        size = min(count, burst)
+        run_burst(port, size, outcomes)
+        count -= size
+    print(*(outcomes[outcome] for outcome in Outcome))
+
+
+if __name__ == "__main__":
+    main()

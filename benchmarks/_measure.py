@@ -1,0 +1,95 @@
+"""The measurement: rounds of all contestants, each in a fresh process."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from _process import Cores, Usage, output, serve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from _contestants import Contestant
+
+JOBS = ("reject", "accept")
+WARM_UP_BURST = 64
+SETTLE = 0.01  # seconds for a server to fall asleep after its last connection
+
+
+class Settings(NamedTuple):
+    """How much of it."""
+
+    rounds: int
+    connections: int
+    """For each contestant, job, burst and round."""
+    bursts: tuple[int, ...]
+    warm_up: int
+    """Connections before each measurement, whose outcome has to be right."""
+
+
+class Sample(NamedTuple):
+    """One contestant, job and burst in one round."""
+
+    round: int
+    job: str
+    burst: int
+    loop: str
+    name: str
+    cpu_us: float
+    """CPU time of the server process, user and system, per connection, in microseconds."""
+    sleeps: float
+    """How often the server had nothing to do, per connection: 1 / the size of its batches."""
+    errors: int
+    """Connections that didn't end as the job says."""
+
+
+class Load(NamedTuple):
+    """The generator, and where it runs."""
+
+    command: tuple[str, ...]
+    core: int
+
+    def errors(self, port: int, job: str, count: int, burst: int) -> int:
+        """Make *count* connections and return how many didn't end as they should."""
+        printed = output((*self.command, str(port), str(count), str(burst)), self.core)
+        served, reset, _wrong = map(int, printed.split())
+        return count - (served if job == "accept" else reset)
+
+
+def measure(
+    contestants: Sequence[Contestant], load: Load, cores: Cores, settings: Settings
+) -> Iterator[Sample]:
+    """Run all rounds; each begins with another contestant, so that no place is anybody's."""
+    for number in range(settings.rounds):
+        print(f"round {number + 1} of {settings.rounds}", file=sys.stderr)
+        first = number % len(contestants)
+        for job in JOBS:
+            for contestant in (*contestants[first:], *contestants[:first]):
+                for sample in _samples(contestant, job, load, cores, settings):
+                    yield sample._replace(round=number)
+
+
+def _samples(
+    contestant: Contestant, job: str, load: Load, cores: Cores, settings: Settings
+) -> Iterator[Sample]:
+    with serve((*contestant.command, job), cores.server) as (pid, port):
+        errors = load.errors(port, job, settings.warm_up, WARM_UP_BURST)
+        assert not errors, f"{contestant.name}, {job}: {errors} connections ended the wrong way"
+        for burst in settings.bursts:
+            time.sleep(SETTLE)
+            before = Usage.of(pid)
+            errors = load.errors(port, job, settings.connections, burst)
+            time.sleep(SETTLE)
+            after = Usage.of(pid)
+            yield Sample(
+                round=0,
+                job=job,
+                burst=burst,
+                loop=contestant.loop,
+                name=contestant.name,
+                cpu_us=(after.cpu_ns - before.cpu_ns) / settings.connections / 1000,
+                sleeps=(after.sleeps - before.sleeps) / settings.connections,
+                errors=errors,
+            )

@@ -1,0 +1,84 @@
+"""From samples to tables: medians, spread and ratios."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from statistics import median
+from typing import TYPE_CHECKING, NamedTuple
+
+from _contestants import C_LOOP, START_SERVER
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from _measure import Sample
+
+TITLES = {
+    "reject": "reject: accept, then reset",
+    "accept": "accept: accept, write 5 bytes, close",
+}
+UNIT = "CPU time of the server, user + system, in µs per connection"
+HEADINGS = ("median", "lowest - highest", "sleeps", "x C loop", f"x {START_SERVER}")
+LINE = "{:<41}{:>7}{:>17}{:>8}{:>10}{:>16}"
+
+
+class Row(NamedTuple):
+    """One contestant in one table; times in microseconds of CPU per connection."""
+
+    job: str
+    burst: int
+    loop: str
+    name: str
+    median: float
+    lowest: float
+    highest: float
+    sleeps: float
+    times_c_loop: float | None
+    """Median of the ratios within each round, which a slow or fast minute can't shift."""
+    times_start_server: float | None
+    """The same, to `start_server` on the same loop."""
+
+
+def summarise(samples: Iterable[Sample]) -> list[Row]:
+    """Boil the rounds down to one row per contestant, job and burst."""
+    cells: dict[tuple[str, int, str, str], list[Sample]] = defaultdict(list)
+    for sample in samples:
+        cells[sample.job, sample.burst, sample.loop, sample.name].append(sample)
+    costs = {key: [sample.cpu_us for sample in cell] for key, cell in cells.items()}
+    return [
+        Row(
+            *(job, burst, loop, name),
+            *(median(cost), min(cost), max(cost)),
+            median(sample.sleeps for sample in cells[job, burst, loop, name]),
+            _ratio(cost, costs.get((job, burst, "", C_LOOP))),
+            _ratio(cost, costs.get((job, burst, loop, START_SERVER))),
+        )
+        for (job, burst, loop, name), cost in costs.items()
+    ]
+
+
+def _ratio(cost: Sequence[float], baseline: Sequence[float] | None) -> float | None:
+    if baseline is None:
+        return None
+    return median(ours / theirs for ours, theirs in zip(cost, baseline, strict=True))
+
+
+def tables(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the lines of one table per job."""
+    for job, title in TITLES.items():
+        yield f"{title}\n{UNIT}"
+        for burst in dict.fromkeys(row.burst for row in rows):
+            yield LINE.format("one by one" if burst == 1 else f"bursts of {burst}", *HEADINGS)
+            yield from (_line(row) for row in rows if (row.job, row.burst) == (job, burst))
+        yield ""
+
+
+def _line(row: Row) -> str:
+    return LINE.format(
+        f"  {row.loop:<9}{row.name}" if row.loop else f"  {row.name}",
+        f"{row.median:.1f}",
+        f"{row.lowest:.1f} - {row.highest:.1f}",
+        f"{row.sleeps:.2f}",
+        "" if row.times_c_loop is None else f"{row.times_c_loop:.2f}",
+        "" if row.times_start_server is None else f"{row.times_start_server:.2f}",
+    ).rstrip()

@@ -1,0 +1,105 @@
+"""Conditional accept for asyncio: ask a condition before a connection gets in.
+
+::
+
+    import condaccept
+    from condaccept import ACCEPT, DEFER, REJECT
+
+    async def main():
+        async with await condaccept.listen("127.0.0.1", 7007) as listener:
+            while True:
+                try:
+                    stream = await listener.accept(lambda pending: ACCEPT)
+                except condaccept.ConnectionRejectedError:
+                    continue
+                ...
+
+The model is Winsock's WSPAccept. Start reading at `Listener.accept()`.
+"""
+
+from __future__ import annotations
+
+from condaccept._events import Event as Event
+from condaccept._events import EventCallback as EventCallback
+from condaccept._events import Outcome as Outcome
+from condaccept._events import Subscription as Subscription
+from condaccept._ledger import Statistics as Statistics
+from condaccept._listener import Listener as Listener
+from condaccept._listener import listen as listen
+from condaccept._pending import CalleeData as CalleeData
+from condaccept._pending import Condition as Condition
+from condaccept._pending import Credentials as Credentials
+from condaccept._pending import PendingTransport as PendingTransport
+from condaccept._pending import Status as Status
+from condaccept._stream import Stream as Stream
+from condaccept._verdict import Accept as Accept
+from condaccept._verdict import AnyVerdict as AnyVerdict
+from condaccept._verdict import Defer as Defer
+from condaccept._verdict import Reject as Reject
+from condaccept._verdict import Verdict as Verdict
+from condaccept.exceptions import AcceptError as AcceptError
+from condaccept.exceptions import AcceptInProgressError as AcceptInProgressError
+from condaccept.exceptions import AcceptInterruptedError as AcceptInterruptedError
+from condaccept.exceptions import BuffersExhaustedError as BuffersExhaustedError
+from condaccept.exceptions import CalleeDataError as CalleeDataError
+from condaccept.exceptions import ConditionNotCallableError as ConditionNotCallableError
+from condaccept.exceptions import ConnectionDeferredError as ConnectionDeferredError
+from condaccept.exceptions import ConnectionRejectedError as ConnectionRejectedError
+from condaccept.exceptions import DescriptorsExhaustedError as DescriptorsExhaustedError
+from condaccept.exceptions import InvalidGroupError as InvalidGroupError
+from condaccept.exceptions import InvalidVerdictError as InvalidVerdictError
+from condaccept.exceptions import ListenerClosedError as ListenerClosedError
+from condaccept.exceptions import NetworkDownError as NetworkDownError
+from condaccept.exceptions import NoPendingError as NoPendingError
+from condaccept.exceptions import NotASocketError as NotASocketError
+from condaccept.exceptions import NotListeningError as NotListeningError
+from condaccept.exceptions import NotStreamSocketError as NotStreamSocketError
+from condaccept.exceptions import PendingExpiredError as PendingExpiredError
+from condaccept.exceptions import PendingResetError as PendingResetError
+
+ACCEPT = Verdict.ACCEPT
+REJECT = Verdict.REJECT
+DEFER = Verdict.DEFER
+
+__all__ = (
+    "ACCEPT",
+    "DEFER",
+    "REJECT",
+    "Accept",
+    "AcceptError",
+    "AcceptInProgressError",
+    "AcceptInterruptedError",
+    "AnyVerdict",
+    "BuffersExhaustedError",
+    "CalleeData",
+    "CalleeDataError",
+    "Condition",
+    "ConditionNotCallableError",
+    "ConnectionDeferredError",
+    "ConnectionRejectedError",
+    "Credentials",
+    "Defer",
+    "DescriptorsExhaustedError",
+    "Event",
+    "EventCallback",
+    "InvalidGroupError",
+    "InvalidVerdictError",
+    "Listener",
+    "ListenerClosedError",
+    "NetworkDownError",
+    "NoPendingError",
+    "NotASocketError",
+    "NotListeningError",
+    "NotStreamSocketError",
+    "Outcome",
+    "PendingExpiredError",
+    "PendingResetError",
+    "PendingTransport",
+    "Reject",
+    "Statistics",
+    "Status",
+    "Stream",
+    "Subscription",
+    "Verdict",
+    "listen",
+)

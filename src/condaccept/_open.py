@@ -1,0 +1,193 @@
+"""From the arguments of `listen()` to listening sockets."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from condaccept._sockets import Option, apply_options
+
+if TYPE_CHECKING:
+    import asyncio
+
+__all__ = ("Host", "UnixPath", "open_tcp", "open_unix", "unlink")
+
+Host: TypeAlias = str | Sequence[str] | None
+UnixPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+PORT_TRIES: Final = 16
+"""How often another number is tried when the one the kernel chose for the first address
+is taken on another."""
+
+AddressInfo: TypeAlias = tuple[int, Any]
+
+
+async def open_tcp(
+    loop: asyncio.AbstractEventLoop,
+    host: Host,
+    port: int | str,
+    *,
+    family: int,
+    backlog: int,
+    options: Sequence[Option],
+    reuse_port: bool,
+    defer_accept: int | None,
+) -> list[socket.socket]:
+    """Bind and listen on every address of *host*; all on one port number.
+
+    Raises:
+        OSError: An address could not be resolved or bound, which the message names; what
+            had been opened is closed.
+    """
+    addresses = await _resolve(loop, host, port, family)
+    options = [*_tcp_options(reuse_port=reuse_port, defer_accept=defer_accept), *options]
+    several = len(addresses) > 1 and addresses[0][1][1] == 0
+    for attempt in range(PORT_TRIES if several else 1):
+        sockets: list[socket.socket] = []
+        try:
+            _bind_all(sockets, addresses, options)
+            for sock in sockets:
+                sock.listen(backlog)
+        except OSError as error:
+            for sock in sockets:
+                sock.close()
+            if several and error.errno == errno.EADDRINUSE and attempt < PORT_TRIES - 1:
+                continue
+            raise
+        return sockets
+    raise AssertionError
+
+
+async def _resolve(
+    loop: asyncio.AbstractEventLoop, host: Host, port: int | str, family: int
+) -> list[AddressInfo]:
+    hosts: Iterable[str | None] = [host] if host is None or isinstance(host, str) else host
+    found: dict[AddressInfo, None] = {}
+    for each in hosts:
+        # "" is every address, as for asyncio.
+        infos = await loop.getaddrinfo(
+            each or None, port, family=family, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        found.update(dict.fromkeys((int(info[0]), info[4]) for info in infos))
+    return list(found)
+
+
+def _tcp_options(*, reuse_port: bool, defer_accept: int | None) -> list[Option]:
+    # SO_REUSEADDR: a restart must not wait for the connections of the last run.
+    # TCP_NODELAY is inherited, and what asyncio sets on its own connections.
+    options: list[Option] = [
+        (socket.SOL_SOCKET, socket.SO_REUSEADDR, 1),
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    ]
+    if reuse_port:
+        options.append((socket.SOL_SOCKET, socket.SO_REUSEPORT, 1))
+    if defer_accept is not None:
+        options.append((socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, defer_accept))
+    return options
+
+
+def _bind_all(
+    sockets: list[socket.socket], addresses: Sequence[AddressInfo], options: Sequence[Option]
+) -> None:
+    number: int | None = None
+    unsupported: OSError | None = None
+    for family, address in addresses:
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        except OSError as error:
+            # A name may have addresses of a family this kernel was built without.
+            if error.errno != errno.EAFNOSUPPORT:
+                raise
+            unsupported = error
+            continue
+        sockets.append(sock)
+        if family == socket.AF_INET6:
+            # Each family has its own socket: without this the second bind fails.
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        apply_options(sock, options)
+        if number is not None and address[1] == 0:
+            address = (address[0], number, *address[2:])
+        try:
+            sock.bind(address)
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL and family == socket.AF_INET6 and len(addresses) > 1:
+                # "localhost" names ::1 on machines whose loopback has no IPv6 address.
+                sockets.pop().close()
+                unsupported = error
+                continue
+            raise OSError(error.errno, f"cannot bind {address!r}: {error.strerror}") from error
+        if number is None:
+            number = sock.getsockname()[1]
+    if not sockets:
+        raise unsupported or OSError(errno.EADDRNOTAVAIL, "the name has no address")
+
+
+def open_unix(
+    path: UnixPath, *, mode: int | None, backlog: int, options: Sequence[Option]
+) -> tuple[socket.socket, tuple[int, int] | None]:
+    """Bind and listen on *path*; also return device and inode of the file, if it is one.
+
+    A file that a listener left behind is replaced if nobody answers on it.
+
+    Raises:
+        OSError: *path* is in use, is something else than a socket, or cannot be bound.
+    """
+    name = os.fspath(path)
+    is_file = bool(name) and name[:1] not in ("\0", b"\0")
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        apply_options(sock, options)
+        if is_file:
+            _clear(name)
+        try:
+            sock.bind(name)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot bind {name!r}: {error.strerror}") from error
+        inode = None
+        if is_file:
+            status = os.stat(name)
+            inode = status.st_dev, status.st_ino
+            if mode is not None:
+                # Before listen(): until then nobody can connect, whatever the umask was.
+                os.chmod(name, mode)
+        sock.listen(backlog)
+    except BaseException:
+        sock.close()
+        raise
+    return sock, inode
+
+
+def _clear(name: str | bytes) -> None:
+    """Remove the file of a listener that is no more."""
+    try:
+        if not stat.S_ISSOCK(os.stat(name).st_mode):
+            reason = f"cannot bind {name!r}: the file is there and is no socket"
+            raise FileExistsError(errno.EEXIST, reason)
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(name)
+        except ConnectionRefusedError:
+            os.unlink(name)
+            return
+        except OSError:
+            # EAGAIN: it answers, its backlog is full. Anything else: not ours to remove.
+            pass
+    raise OSError(errno.EADDRINUSE, f"cannot bind {name!r}: somebody listens there")
+
+
+def unlink(name: str | bytes, inode: tuple[int, int]) -> None:
+    """Remove a socket's file, if it is still the one that was bound."""
+    try:
+        status = os.stat(name)
+        if (status.st_dev, status.st_ino) == inode:
+            os.unlink(name)
+    except OSError:
+        # Gone, or not ours to remove: closing goes on.
+        return

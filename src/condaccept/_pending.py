@@ -1,0 +1,514 @@
+"""Pending connections: what a condition sees, and the deque that keeps them.
+
+Pure: no socket, no loop. What a connection can tell about itself comes from its
+`Arrival`, time comes in as an argument, and what is to be done comes out as a value.
+"""
+
+from __future__ import annotations
+
+import enum
+import heapq
+import ipaddress
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
+
+import attrs
+
+from condaccept._verdict import AnyVerdict
+from condaccept.exceptions import CalleeDataError
+
+if TYPE_CHECKING:
+    from condaccept._verdict import Defer
+
+__all__ = (
+    "PEEK_LIMIT",
+    "Address",
+    "Arrival",
+    "CalleeData",
+    "Condition",
+    "Credentials",
+    "Peer",
+    "PendingDeque",
+    "PendingTransport",
+    "Release",
+    "Status",
+)
+
+PEEK_LIMIT: Final = 16384
+"""The most bytes one peek returns: a TLS record, so that a whole ClientHello fits."""
+
+Address: TypeAlias = Any
+"""A socket address as Python spells it: two items, four for IPv6, a path for Unix."""
+
+Release: TypeAlias = Callable[[], object]
+
+
+class Status(enum.Enum):
+    """Where a connection stands. It is in exactly one of these."""
+
+    # Enum hashes its name in Python code; members are singletons, so identity does, and
+    # the table below is consulted for every connection.
+    __hash__ = object.__hash__
+
+    QUEUED = "queued"
+    """Taken from the kernel, no verdict yet."""
+    DECIDING = "deciding"
+    """A condition is being asked about it."""
+    DEFERRED = "deferred"
+    """Offered, and kept undecided."""
+    ADMITTED = "admitted"
+    """Accepted by the condition; its gate has still to produce the socket."""
+    READY = "ready"
+    """Accepted and complete; nobody has taken it yet."""
+    ACCEPTED = "accepted"
+    """Given to a caller as a stream."""
+    REJECTED = "rejected"
+    """Closed because the condition said so, or raised."""
+    RESET = "reset"
+    """Lost: the peer reset it before a verdict."""
+    EXPIRED = "expired"
+    """Lost: its deadline passed, or its caller withdrew."""
+    FAILED = "failed"
+    """Accepted, but no stream came of it."""
+    CLOSED = "closed"
+    """Still undecided when the listener closed."""
+
+
+_LOSSES = frozenset({Status.RESET, Status.EXPIRED})
+_ENDS = _LOSSES | {Status.ACCEPTED, Status.REJECTED, Status.FAILED, Status.CLOSED}
+_DECIDED = {Status.ADMITTED, Status.ACCEPTED, Status.REJECTED, Status.FAILED}
+
+TRANSITIONS: Final[dict[Status, frozenset[Status]]] = {
+    Status.QUEUED: frozenset({Status.DECIDING, Status.DEFERRED, *_LOSSES, *_DECIDED, Status.CLOSED}),
+    # Back to QUEUED or DEFERRED without a verdict: the decision was cancelled or invalid.
+    Status.DECIDING: frozenset(
+        {Status.QUEUED, Status.DEFERRED, *_LOSSES, *_DECIDED, Status.CLOSED}
+    ),
+    Status.DEFERRED: frozenset({Status.DECIDING, *_LOSSES, Status.CLOSED}),
+    Status.ADMITTED: frozenset({Status.READY, Status.RESET, Status.CLOSED}),
+    Status.READY: frozenset({Status.ACCEPTED, Status.FAILED, Status.RESET, Status.CLOSED}),
+    **{end: frozenset() for end in _ENDS},
+}
+"""Every transition there is."""
+
+
+class Peer(enum.Enum):
+    """What is known of the other end of a connection."""
+
+    THERE = "there"
+    SHUT = "shut"
+    """Its FIN has come: it closed, or will only send no more."""
+    GONE = "gone"
+    """It reset the connection."""
+
+
+@attrs.frozen
+class Credentials:
+    """Who is at the other end of a Unix socket, as of its connect (SO_PEERCRED)."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+class Arrival(Protocol):
+    """A connection as its gate gave it: what a pending transport asks about itself."""
+
+    caller_id: Address
+
+    @property
+    def capacity(self) -> int:
+        """How many bytes of callee data this kind of connection can carry."""
+
+    def callee_id(self) -> Address:
+        """Return the local address of this connection."""
+
+    def credentials(self) -> Credentials | None:
+        """Return who the peer is, where the kernel knows."""
+
+    def peer(self) -> Peer:
+        """Look at the other end, without reading anything."""
+
+    def peek(self, n: int) -> bytes:
+        """Return up to *n* waiting bytes, which stay."""
+
+    def consume(self, n: int) -> bytes:
+        """Read up to *n* waiting bytes."""
+
+    def extra(self, name: str, default: Any) -> Any:
+        """Look *name* up as ``transport.get_extra_info()`` does."""
+
+
+class CalleeData:
+    """What the callee tells the caller together with the verdict.
+
+    On ACCEPT it is the first thing the stream sends; on REJECT it is sent before the end
+    of the stream. Empty to begin with, and then nothing is sent.
+
+    Attributes:
+        capacity: In bytes. 0 where no data can go with the verdict.
+
+    Source: lpCalleeData of WSPAccept.
+    """
+
+    __slots__ = ("_data", "capacity")
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._data = b""
+
+    def set(self, data: bytes | bytearray | memoryview) -> None:
+        """Replace what is there with *data*.
+
+        Raises:
+            CalleeDataError: *data* is longer than `capacity`; nothing was replaced.
+        """
+        if len(data) > self.capacity:
+            reason = f"callee data of {len(data)} bytes is over the capacity of {self.capacity}"
+            raise CalleeDataError(reason)
+        self._data = bytes(data)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append *data*.
+
+        Raises:
+            CalleeDataError: That would be more than `capacity`; nothing was appended.
+        """
+        self.set(self._data + bytes(data))
+
+    def __bytes__(self) -> bytes:
+        return self._data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __repr__(self) -> str:
+        return f"<CalleeData {len(self._data)} of {self.capacity} bytes>"
+
+
+class PendingTransport:
+    """A connection without a verdict: Winsock's connection request.
+
+    A condition gets it as its only argument and may keep it. What is asked of the
+    connection itself is looked up when asked for.
+
+    Attributes:
+        callback_data: What the caller of `accept()` passed along, untouched.
+        state: Anything; becomes `Stream.state`. How a condition tells what it learned.
+        group: The name of a stream group of the listener, or ``None``.
+        deferrals: How often it has been deferred.
+
+    Source: the parameters of the condition function of WSPAccept.
+    """
+
+    __slots__ = (
+        "_arrival",
+        "_callee_data",
+        "_clock",
+        "_deadline",
+        "_holds",
+        "_offered",
+        "_reason",
+        "_resume",
+        "_settled",
+        "_socket",
+        "_status",
+        "_taken",
+        "_taker",
+        "callback_data",
+        "deferrals",
+        "group",
+        "state",
+    )
+
+    def __init__(self, arrival: Arrival, clock: Callable[[], float]) -> None:
+        self._arrival = arrival
+        self._clock = clock
+        self._taken = clock()
+        self._status = self._resume = Status.QUEUED
+        self._offered = False
+        self._reason = ""
+        self._deadline: float | None = None
+        self._callee_data: CalleeData | None = None
+        self._holds: list[Release] | None = None
+        self._settled: list[Callable[[Any], object]] | None = None
+        self._socket: Any = None
+        self._taker: Any = None
+        self.callback_data: Any = None
+        self.state: Any = None
+        self.group: str | None = None
+        self.deferrals = 0
+
+    def __repr__(self) -> str:
+        return f"<PendingTransport {self._status.value} caller={self.caller_id!r}>"
+
+    @property
+    def status(self) -> Status:
+        """Where the connection stands."""
+        return self._status
+
+    @property
+    def caller_id(self) -> Address:
+        """The caller's address, as accept(2) gave it; right even after a reset.
+
+        ``(host, port)`` for IPv4, ``(host, port, flowinfo, scope_id)`` for IPv6, for Unix
+        a path, bytes for an abstract name, or ``""`` for a caller without a name.
+        """
+        return self._arrival.caller_id
+
+    @property
+    def ip(self) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+        """The caller's IP address, an IPv4-mapped one unwrapped; ``None`` for Unix."""
+        caller = self._arrival.caller_id
+        if not isinstance(caller, tuple):
+            return None
+        ip = ipaddress.ip_address(caller[0])
+        return (ip.version == 6 and ip.ipv4_mapped) or ip
+
+    @property
+    def credentials(self) -> Credentials | None:
+        """Process, user and group of a Unix caller; ``None`` for TCP."""
+        return self._arrival.credentials()
+
+    @property
+    def caller_data(self) -> bytes | None:
+        """What the caller has sent so far, up to 16 KiB, or ``None``. It stays unread."""
+        return self.peek(PEEK_LIMIT) or None
+
+    @property
+    def callee_id(self) -> Address:
+        """The local address of this connection, a definite one for wildcard binds too."""
+        return self._arrival.callee_id()
+
+    @property
+    def callee_data(self) -> CalleeData:
+        """What goes to the caller with the verdict; bytes can be assigned."""
+        if self._callee_data is None:
+            self._callee_data = CalleeData(self._arrival.capacity)
+        return self._callee_data
+
+    @callee_data.setter
+    def callee_data(self, data: bytes | bytearray | memoryview) -> None:
+        self.callee_data.set(data)
+
+    @property
+    def age(self) -> float:
+        """Seconds since the connection was taken from the kernel."""
+        return self._clock() - self._taken
+
+    @property
+    def peer_closed(self) -> bool:
+        """Whether the caller will send no more: it closed, or half-closed."""
+        return self._arrival.peer() is not Peer.THERE
+
+    def peek(self, n: int) -> bytes:
+        """Return up to *n* bytes that the caller has sent; they stay unread.
+
+        Never waits: ``b""`` if nothing is there. At most 16 KiB are returned.
+        """
+        if n < 0:
+            message = f"the number of bytes to peek cannot be negative, got {n}"
+            raise ValueError(message)
+        return self._arrival.peek(min(n, PEEK_LIMIT))
+
+    def consume(self, n: int) -> bytes:
+        """Take exactly *n* bytes off the front of the stream: a preamble, say.
+
+        The stream of a later ACCEPT begins behind them.
+
+        Raises:
+            ValueError: Fewer than *n* bytes can be peeked, or *n* is over 16 KiB;
+                nothing was taken.
+        """
+        waiting = len(self.peek(n))
+        if waiting < n:
+            message = f"{n} bytes were to be consumed, but {waiting} can be peeked: peek first"
+            raise ValueError(message)
+        return self._arrival.consume(n)
+
+    def hold(self, release: Release) -> None:
+        """Keep something for this connection as long as it lasts.
+
+        The hold belongs to the offer under way. If it ends in ACCEPT, *release* is called
+        when the connection's descriptor is closed, otherwise as soon as the offer ends;
+        once in either case, the last held first.
+
+        Raises:
+            RuntimeError: No offer of this connection is under way.
+        """
+        if not self._offered:
+            message = "hold() belongs to an offer: call it from the condition that is being asked"
+            raise RuntimeError(message)
+        if self._holds is None:
+            self._holds = []
+        self._holds.append(release)
+
+    def on_settled(self, fn: Callable[[Any], object]) -> None:
+        """Call ``fn(outcome)`` once, soon after the connection has found its end.
+
+        It has when it is accepted, rejected, reset, expired, failed or closed; a deferral
+        is no end.
+
+        Raises:
+            RuntimeError: It has found its end already.
+        """
+        if self._status in _ENDS:
+            message = f"the connection is {self._status.value} already"
+            raise RuntimeError(message)
+        if self._settled is None:
+            self._settled = []
+        self._settled.append(fn)
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """Return what asyncio's transports do under *name*: peername, sockname, socket."""
+        return self._arrival.extra(name, default)
+
+    def _move(self, status: Status) -> None:
+        """Make one transition of the table, or raise and change nothing."""
+        if status not in TRANSITIONS[self._status]:
+            message = f"a connection cannot go from {self._status.value} to {status.value}"
+            raise RuntimeError(message)
+        self._status = status
+
+    def _release_holds(self) -> list[Release]:
+        """Hand over what the offer under way holds, in the order of release; it ends."""
+        self._offered = False
+        if self._holds is None:
+            return []
+        holds, self._holds = self._holds, None
+        holds.reverse()
+        return holds
+
+
+Condition: TypeAlias = Callable[[PendingTransport], AnyVerdict | Awaitable[AnyVerdict]]
+"""Asked once per offer, in the loop's thread; plain or ``async``, told by its result."""
+
+
+class PendingDeque:
+    """The connections that were taken and are not decided, oldest first.
+
+    Also here, in their old place: connections lost before a verdict, until that is
+    reported, and those whose socket is still to come. A connection that is decided at
+    once is never here.
+
+    Goals: the oldest in O(1), removal from anywhere in O(1), the next deadline in O(1).
+    """
+
+    def __init__(self, max_pending: int | None, max_deciding: int, defer_timeout: float | None) -> None:
+        self.max_pending = max_pending
+        self.max_deciding = max_deciding
+        self.defer_timeout = defer_timeout
+        self.deciding = 0
+        # A linked list under the hood: `deque` removes from the middle in O(n), and `dict`
+        # walks over what was deleted at its front each time the first one is asked for.
+        self._order: OrderedDict[PendingTransport, None] = OrderedDict()
+        # (deadline, tie-breaker, connection). Entries of decided connections stay until
+        # their time comes or until they are the majority.
+        self._deadlines: list[tuple[float, int, PendingTransport]] = []
+        self._tie = 0
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __contains__(self, pending: PendingTransport) -> bool:
+        return pending in self._order
+
+    def undecided(self) -> tuple[PendingTransport, ...]:
+        """Return the connections without a verdict, oldest first."""
+        return tuple(pending for pending in self._order if pending._status not in _LOSSES)
+
+    @property
+    def full(self) -> bool:
+        """Whether no further connection may be taken."""
+        return (
+            self.max_pending is not None and len(self._order) >= self.max_pending
+        ) or self.deciding >= self.max_deciding
+
+    def head(self) -> PendingTransport | None:
+        """Return the oldest that an accept call can do something about.
+
+        That is one to be offered, one that is ready, or a loss to be reported; not one
+        under decision, nor one that another call waits for.
+        """
+        for pending in self._order:
+            status = pending._status
+            if (
+                status is not Status.DECIDING
+                and status is not Status.ADMITTED
+                and pending._taker is None
+            ):
+                return pending
+        return None
+
+    def due(self) -> bool:
+        """Whether `head()` is more than a connection that was deferred."""
+        head = self.head()
+        return head is not None and head._status is not Status.DEFERRED
+
+    def enter(self, pending: PendingTransport, status: Status, now: float) -> None:
+        """Put a connection that was just taken at the end of the deque."""
+        pending._move(status)
+        self._order[pending] = None
+        self._count(pending, status, now)
+
+    def move(self, pending: PendingTransport, status: Status, now: float) -> None:
+        """Make a transition of a connection of the deque; an end takes it off.
+
+        A loss stays, in its place, until `report()`.
+        """
+        was = pending._status
+        pending._move(status)
+        if was is Status.DECIDING:
+            self.deciding -= 1
+        if status in _ENDS and status not in _LOSSES:
+            del self._order[pending]
+        else:
+            self._count(pending, status, now)
+
+    def resume(self, pending: PendingTransport, now: float) -> None:
+        """Give a connection under decision back, undecided, as it was before."""
+        self.move(pending, pending._resume, now)
+
+    def report(self, loss: PendingTransport) -> None:
+        """Take a loss off the deque: somebody was told."""
+        del self._order[loss]
+
+    def expired(self, now: float) -> list[PendingTransport]:
+        """Return the deferred connections whose deadline has passed; they stay as they are.
+
+        One under decision at its deadline is returned after it was deferred again.
+        """
+        over = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            pending = heapq.heappop(self._deadlines)[2]
+            if pending._status is Status.DEFERRED:
+                over.append(pending)
+        return over
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When `expired()` is to be asked next."""
+        while self._deadlines and self._deadlines[0][2]._status in _ENDS:
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def _count(self, pending: PendingTransport, status: Status, now: float) -> None:
+        if status is Status.DECIDING:
+            self.deciding += 1
+        elif status is Status.DEFERRED:
+            pending._resume = Status.DEFERRED
+            self._set_deadline(pending, now)
+
+    def _set_deadline(self, pending: PendingTransport, now: float) -> None:
+        if self.defer_timeout is None:
+            return
+        if pending._deadline is None:
+            pending._deadline = now + self.defer_timeout
+        elif pending._deadline > now:
+            return  # counted from the first deferral, and still in the heap
+        if len(self._deadlines) > 2 * len(self._order) + 64:
+            self._deadlines = [e for e in self._deadlines if e[2]._status not in _ENDS]
+            heapq.heapify(self._deadlines)
+        self._tie += 1
+        heapq.heappush(self._deadlines, (pending._deadline, self._tie, pending))

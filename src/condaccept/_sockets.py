@@ -1,0 +1,282 @@
+"""What the kernel is told and asked about a socket: options, the reset, errno.
+
+The only room with numbers of the kernel's in it.
+"""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from condaccept._pending import Credentials, Peer
+from condaccept.exceptions import (
+    AcceptError,
+    BuffersExhaustedError,
+    DescriptorsExhaustedError,
+    NetworkDownError,
+    NotASocketError,
+    NotListeningError,
+    NotStreamSocketError,
+    PendingResetError,
+)
+
+if TYPE_CHECKING:
+    from condaccept._pending import Address, Release
+
+__all__ = (
+    "Option",
+    "OwnedSocket",
+    "RawSocket",
+    "apply_options",
+    "backlog",
+    "check_listening",
+    "classify",
+    "credentials",
+    "is_tcp",
+    "peer",
+    "raw_accept",
+    "reset",
+)
+
+RawSocket: TypeAlias = socket.SocketType
+"""The C class under `socket.socket`: the same calls without the Python half."""
+
+Option: TypeAlias = tuple[int, int, int | bytes]
+"""A socket option: ``(level, name, value)`` as for setsockopt(2)."""
+
+_LINGER_RESET: Final = struct.pack("ii", 1, 0)
+_TCP_CLOSE: Final = 7
+_TCP_CLOSE_WAIT: Final = 8
+_TCP_INFO: Final[int | None] = getattr(socket, "TCP_INFO", None)
+_POLLRDHUP: Final[int] = getattr(select, "POLLRDHUP", 0)
+
+# accept(2), "Error handling": errors already pending on the new connection, which a
+# reliable server treats like EAGAIN. EPERM is netfilter's way of saying the same.
+_NETWORK_ERRORS: Final = frozenset(
+    {
+        errno.ENETDOWN,
+        errno.EPROTO,
+        errno.ENOPROTOOPT,
+        errno.EHOSTDOWN,
+        getattr(errno, "ENONET", errno.ENETDOWN),
+        errno.EHOSTUNREACH,
+        errno.ENETUNREACH,
+        errno.ETIMEDOUT,
+        errno.EPERM,
+    }
+)
+
+_LEAVES: Final[dict[int, tuple[type[AcceptError], str]]] = {
+    **{code: (NetworkDownError, "a network error came with the connection") for code in _NETWORK_ERRORS},
+    # Linux gives such a connection out, readable as reset; BSD and macOS say it here.
+    errno.ECONNABORTED: (PendingResetError, "the peer reset the connection before it was taken"),
+    errno.EMFILE: (
+        DescriptorsExhaustedError,
+        "no descriptor is free in this process (RLIMIT_NOFILE): close some, then accept again",
+    ),
+    errno.ENFILE: (
+        DescriptorsExhaustedError,
+        "no descriptor is free on this machine (fs.file-max): close some, then accept again",
+    ),
+    errno.ENOBUFS: (BuffersExhaustedError, "the kernel has no memory for another socket"),
+    errno.ENOMEM: (BuffersExhaustedError, "the kernel has no memory for another socket"),
+    errno.EINVAL: (NotListeningError, "the socket does not listen any more: it was shut down"),
+    errno.ENOTSOCK: (NotASocketError, "the descriptor is not a socket"),
+    errno.EBADF: (NotASocketError, "the descriptor was closed behind the listener's back"),
+    errno.EOPNOTSUPP: (NotStreamSocketError, "the socket is not of a connection-oriented type"),
+}
+
+
+def classify(error: OSError) -> AcceptError:
+    """Return what an accept call raises for *error* of accept(2), which is its cause.
+
+    Source: accept(2), "ERRORS"; the error table of WSPAccept.
+    """
+    leaf, reason = _LEAVES.get(error.errno or 0, (AcceptError, f"accept(2) failed: {error}"))
+    classified = leaf(reason)
+    classified.__cause__ = error
+    return classified
+
+
+class OwnedSocket(socket.socket):
+    """A connected socket that tells when its descriptor is gone, once.
+
+    asyncio's transports end with `close()`, uvloop's with `detach()`, and who just drops
+    the socket with neither. Nothing on the way of the data is overridden.
+    """
+
+    __slots__ = ("_release",)
+    _release: Release | None
+
+    def own(self, release: Release) -> None:
+        """Have *release* called when the descriptor is closed or given away."""
+        self._release = release
+
+    def close(self) -> None:
+        """Close the descriptor; then release."""
+        super().close()
+        self._over()
+
+    def detach(self) -> int:
+        """Give the descriptor to the caller; then release."""
+        fd = super().detach()
+        self._over()
+        return fd
+
+    def __del__(self) -> None:
+        # The C finalizer that follows warns of the open descriptor and closes it.
+        self._over()
+
+    def _over(self) -> None:
+        release: Release | None = getattr(self, "_release", None)
+        if release is not None:
+            self._release = None
+            release()
+
+
+def is_tcp(sock: RawSocket) -> bool:
+    """Whether *sock* is of an internet family."""
+    return sock.family in (socket.AF_INET, socket.AF_INET6)
+
+
+def raw_accept(sock: socket.socket) -> Callable[[], tuple[int, Address]]:
+    """Return a call that accepts from *sock*, giving a descriptor and an address.
+
+    The public `socket.accept()` spends a third of its time on making enums of family and
+    type for an object that a rejected connection never needs; what it calls underneath
+    has kept its form through all supported versions. Where it is missing, the public one
+    serves.
+    """
+    accept: Callable[[], tuple[int, Address]] | None = getattr(sock, "_accept", None)
+    if accept is not None:
+        return accept
+
+    def public() -> tuple[int, Address]:
+        connection, address = sock.accept()
+        return connection.detach(), address
+
+    return public
+
+
+def check_listening(sock: socket.socket) -> None:
+    """Check that connections can be accepted from *sock*.
+
+    Raises:
+        NotASocketError: Its descriptor is closed or no socket.
+        NotStreamSocketError: It is not of type SOCK_STREAM.
+        NotListeningError: listen(2) was not called on it.
+    """
+    try:
+        kind = sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+        listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise classify(error) from error
+    if kind != socket.SOCK_STREAM:
+        reason = "only stream sockets take connections: this one is not of type SOCK_STREAM"
+        raise NotStreamSocketError(reason)
+    if not listening:
+        reason = "the socket does not listen: call its listen() first"
+        raise NotListeningError(reason)
+
+
+def peer(sock: RawSocket, *, tcp: bool) -> Peer:
+    """Look at the other end of *sock* without reading.
+
+    A peek would eat the pending error, and the next read would then see a plain end.
+    """
+    if tcp and _TCP_INFO is not None:
+        state = sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 1)[0]
+        if state == _TCP_CLOSE:
+            return Peer.GONE
+        return Peer.SHUT if state == _TCP_CLOSE_WAIT else Peer.THERE
+    poll = select.poll()
+    poll.register(sock, _POLLRDHUP)
+    events = poll.poll(0)
+    if not events:
+        return Peer.THERE
+    return Peer.GONE if events[0][1] & select.POLLERR else Peer.SHUT
+
+
+def reset(sock: RawSocket) -> None:
+    """Close *sock* so that the peer is reset, whether or not it has sent anything.
+
+    A Unix socket knows no reset: the peer reads the end of the stream, or, if it had sent
+    something nobody read, ECONNRESET.
+    """
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
+    except OSError:
+        # Not on Linux, where even a socket that was reset takes it; elsewhere the close
+        # that follows is all that is left to do.
+        pass
+    sock.close()
+
+
+def credentials(sock: RawSocket) -> Credentials | None:
+    """Return who connected a Unix socket, as of its connect(2); ``None`` elsewhere."""
+    if sock.family != socket.AF_UNIX or not hasattr(socket, "SO_PEERCRED"):
+        return None
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return Credentials(*struct.unpack("iII", raw))
+
+
+def backlog(sock: socket.socket) -> tuple[int, int] | None:
+    """Return how many connections the kernel has queued and how many it would.
+
+    ``None`` where it does not tell: elsewhere than on Linux, and for Unix sockets.
+
+    Source: tcp(7), TCP_INFO; for a listening socket tcpi_unacked and tcpi_sacked.
+    """
+    if _TCP_INFO is None or not is_tcp(sock):
+        return None
+    info = sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 32)
+    depth, limit = struct.unpack_from("II", info, 24)
+    return depth, limit
+
+
+def apply_options(sock: RawSocket, options: Iterable[Option]) -> None:
+    """Set *options* on a socket that connections will be accepted from.
+
+    Raises:
+        OSError: The kernel refused one; the message names it.
+    """
+    for level, name, value in options:
+        try:
+            sock.setsockopt(level, name, value)
+        except OSError as error:
+            reason = f"{error.strerror}: socket option {(level, name, value)!r}"
+            raise OSError(error.errno, reason) from error
+
+
+def inherit_options(sock: RawSocket, options: Sequence[Option]) -> None:
+    """Set *options*, changed since the handshake, on an accepted socket.
+
+    One that the kernel refuses here is about listening alone (TCP_FASTOPEN: EINVAL).
+    """
+    for level, name, value in options:
+        try:
+            sock.setsockopt(level, name, value)
+        except OSError:
+            continue
+
+
+def check_options(options: Any) -> tuple[Option, ...]:
+    """Return *options* as a tuple, or say what is wrong with them."""
+    checked = []
+    for option in options:
+        if not isinstance(option, tuple) or len(option) != 3:  # noqa: PLR2004 - see below
+            message = f"a socket option is a tuple (level, name, value), got {option!r}"
+            raise TypeError(message)
+        level, name, value = option
+        if not isinstance(level, int) or not isinstance(name, int):
+            message = f"level and name of a socket option are integers, got {option!r}"
+            raise TypeError(message)
+        if not isinstance(value, (int, bytes)):
+            message = f"the value of a socket option is an integer or bytes, got {option!r}"
+            raise TypeError(message)
+        checked.append((level, name, value))
+    return tuple(checked)

@@ -1,0 +1,551 @@
+"""An accepted connection as a lean stream over its own non-blocking socket.
+
+Reads and writes try the socket at once and wait only after EAGAIN, in the listener's
+watch. Nothing is read before it is asked for, so backpressure is the kernel's, and a
+connection that never has to wait never meets a selector.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import inspect
+import os
+import socket
+from asyncio.trsock import TransportSocket
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Final
+
+from condaccept._events import Event, EventCallback, Signals, Subscription
+from condaccept._sockets import reset
+from condaccept._watch import HANGUP, READ, WRITE
+
+if TYPE_CHECKING:
+    from condaccept._pending import Address
+    from condaccept._sockets import OwnedSocket
+    from condaccept._watch import Watch
+
+__all__ = ("Stream",)
+
+HIGH: Final = 64 * 1024
+"""Unsent bytes above which `drain()` waits: asyncio's own mark."""
+LOW: Final = 16 * 1024
+"""Unsent bytes down to which it then waits: asyncio's own mark."""
+CHUNK: Final = 64 * 1024
+IN_A_ROW: Final = 32
+"""Operations that complete at once before one yields: without it a fast peer keeps a
+reading task running while every timer of the loop waits."""
+
+_ERROR: Final = 0x008  # EPOLLERR
+
+
+class Stream:
+    """A connection that a condition accepted.
+
+    Bytes in, bytes out, with the names of asyncio's streams. Not for several tasks in
+    `read()` at once.
+
+    Attributes:
+        caller_id: The caller's address, as accept(2) gave it.
+        state: What the condition put into `PendingTransport.state`.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_blocked",
+        "_broken",
+        "_buffer",
+        "_closing",
+        "_dry",
+        "_end",
+        "_ended",
+        "_eof",
+        "_loop",
+        "_paused",
+        "_peer_error",
+        "_reader",
+        "_reading",
+        "_registered",
+        "_signals",
+        "_sock",
+        "_streak",
+        "_waiters",
+        "_watch",
+        "_write_eof",
+        "caller_id",
+        "state",
+    )
+
+    def __init__(
+        self,
+        sock: OwnedSocket,
+        loop: asyncio.AbstractEventLoop,
+        watch: Watch,
+        caller_id: Address,
+        inherited: Iterable[Subscription] = (),
+    ) -> None:
+        self._sock = sock
+        self._loop = loop
+        self._watch = watch
+        self.caller_id = caller_id
+        self.state: Any = None
+        self._buffer = bytearray()
+        # Wait for the socket, in the watch:
+        self._registered = False
+        self._dry = False  # the last read took all there was
+        self._end = False  # a hangup was told: short reads prove nothing any more
+        self._blocked = False  # a send met EAGAIN
+        self._reader: asyncio.Future[None] | None = None
+        self._waiters: list[asyncio.Future[None]] = []  # in drain() and wait_closed()
+        # Where the stream stands:
+        self._reading = False
+        self._eof = False
+        self._paused = False
+        self._write_eof = False
+        self._closing = False
+        self._broken: OSError | None = None
+        self._peer_error: OSError | None = None  # SO_ERROR, once taken
+        self._ended = False  # CLOSE was told, or would have been
+        self._streak = 0
+        self._signals: Signals | None = None
+        if inherited:
+            self._signals = Signals(inherited)
+            self._subscribe(self._signals)
+
+    def __repr__(self) -> str:
+        how = "closed" if self._sock.fileno() < 0 else "closing" if self._closing else "open"
+        return f"<Stream {how} caller={self.caller_id!r}>"
+
+    # -- reading
+
+    async def read(self, n: int = -1) -> bytes:
+        """Return up to *n* bytes as soon as there are any; ``b""`` at the end of the stream.
+
+        With a negative *n*, everything up to the end of the stream.
+
+        Raises:
+            RuntimeError: Another task is reading this stream.
+            ConnectionAbortedError: The stream was closed by this side.
+            OSError: The connection failed; ConnectionResetError if the peer reset it.
+
+        Cancellation:
+            Safe for a positive *n*: what has come stays to be read. With a negative one
+            the bytes read so far are lost.
+        """
+        if self._reading:
+            message = "read() was called while another task is reading this stream"
+            raise RuntimeError(message)
+        self._reading = True
+        try:
+            if n >= 0:
+                return await self._read(n)
+            chunks = []
+            while chunk := await self._read(CHUNK):
+                chunks.append(chunk)
+            return b"".join(chunks)
+        finally:
+            self._reading = False
+
+    async def _read(self, n: int) -> bytes:
+        if self._streak >= IN_A_ROW:
+            await self._turn()
+        self._streak += 1
+        while True:
+            if self._broken is not None or self._closing:
+                raise await self._refusal()
+            if self._eof or n == 0:
+                return b""
+            if not self._dry:
+                try:
+                    data = self._sock.recv(n, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    if not self._registered:
+                        # No edge is told of what came before, so once more.
+                        self._register()
+                        continue
+                    self._dry = True
+                    self._watch.dry(self._sock.fileno())
+                except OSError as error:
+                    self._break(error)
+                    continue
+                else:
+                    if not data and self._peer_error is not None:
+                        self._break(self._peer_error)
+                        continue
+                    # All there was has come; but a FIN that came with it gives no edge.
+                    self._dry = self._registered and 0 < len(data) < n and not self._end
+                    self._after_read(data)
+                    return data
+            await self._readable()
+
+    async def _readable(self) -> None:
+        self._reader = self._loop.create_future()
+        self._streak = 0
+        try:
+            await self._reader
+        finally:
+            self._reader = None
+
+    def _after_read(self, data: bytes) -> None:
+        self._eof = not data
+        if self._dry:
+            self._watch.dry(self._sock.fileno())
+        if self._eof:
+            self._tell_end(None)
+        elif self._signals is not None:
+            self._signals.arm(Event.READ)
+            if self._registered:
+                # Told again if there is more.
+                self._watch.modify(self._sock.fileno(), self._interest())
+
+    # -- writing
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send *data*: at once what the kernel takes, the rest as it makes room.
+
+        Never waits; `drain()` does when too much is unsent.
+
+        Raises:
+            RuntimeError: After `write_eof()`.
+            ConnectionAbortedError: The stream was closed by this side.
+            OSError: The connection failed, now or when earlier data was sent.
+        """
+        if self._broken is not None or self._closing:
+            raise self._why_not()
+        if self._write_eof:
+            message = "write() was called after write_eof()"
+            raise RuntimeError(message)
+        if isinstance(data, memoryview):
+            data = data.cast("B")
+        sent = 0
+        if not self._buffer:
+            try:
+                sent = self._sock.send(data, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                self._break(error)
+                raise self._why_not() from error
+        if sent < len(data):
+            self._buffer += memoryview(data)[sent:]
+            self._paused = self._paused or len(self._buffer) > HIGH
+            self._block()
+
+    async def drain(self) -> None:
+        """Wait until little enough is unsent: from above 64 KiB down to 16 KiB.
+
+        Raises:
+            ConnectionAbortedError: The stream was closed by this side.
+            OSError: The connection failed.
+
+        Cancellation:
+            Safe: what was written is sent all the same.
+        """
+        if self._streak >= IN_A_ROW:
+            await self._turn()
+        self._streak += 1
+        if self._closing:
+            raise await self._refusal()
+        while self._paused and self._broken is None and self._sock.fileno() >= 0:
+            await self._wait()
+        # Still paused: the rest was dropped by abort().
+        if self._broken is not None or self._paused:
+            raise await self._refusal()
+
+    async def send(self, data: bytes | bytearray | memoryview) -> None:
+        """Write *data* and drain.
+
+        Cancellation:
+            Safe: *data* is sent once and whole.
+        """
+        self.write(data)
+        await self.drain()
+
+    def write_eof(self) -> None:
+        """Half-close: the peer reads the end of the stream behind what was written.
+
+        Reading goes on. A second call does nothing.
+
+        Raises:
+            ConnectionAbortedError: The stream was closed by this side.
+            OSError: The connection failed.
+        """
+        if self._broken is not None or self._closing:
+            raise self._why_not()
+        if not self._write_eof:
+            self._write_eof = True
+            if not self._buffer:
+                self._shut()
+
+    # -- ending
+
+    def close(self) -> None:
+        """Close: what is unsent goes out in the background, then the end of the stream.
+
+        A second call does nothing.
+        """
+        if self._closing:
+            return
+        self._closing = True
+        self._wake_reader()
+        if not self._buffer or self._broken is not None:
+            self._finish()
+
+    async def wait_closed(self) -> None:
+        """Wait until the descriptor is closed.
+
+        Raises:
+            OSError: Not all that was written could be sent.
+        """
+        while self._sock.fileno() >= 0:
+            await self._wait()
+        if self._broken is not None:
+            await self._turn()
+            raise self._why_not()
+
+    def abort(self) -> None:
+        """Reset the connection; what is unsent is dropped."""
+        self._closing = True
+        self._wake_reader()
+        self._buffer.clear()
+        if self._sock.fileno() >= 0:
+            self._unregister()
+            reset(self._sock)
+            self._wake_waiters()
+
+    def is_closing(self) -> bool:
+        """Whether `close()` or `abort()` was called."""
+        return self._closing
+
+    # -- besides
+
+    @property
+    def callee_id(self) -> Address:
+        """The local address of this connection."""
+        return self._sock.getsockname()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """Return what asyncio's transports do under *name*: peername, sockname, socket."""
+        if name == "peername":
+            return self.caller_id
+        if name == "socket":
+            return TransportSocket(self._sock)
+        if name == "sockname" and self._sock.fileno() >= 0:
+            return self._sock.getsockname()
+        return default
+
+    def on(self, events: Event, callback: EventCallback) -> Subscription:
+        """Have ``callback(stream, event, error)`` called for each of *events*.
+
+        It is called from the loop, never inside the call that caused the event; of what
+        is so already, it is told soon. *error* is ``None`` but for a CLOSE after a
+        failure.
+        """
+        check_callback(callback)
+        if self._signals is None:
+            self._signals = Signals()
+        signals = self._signals
+        told = [each for each in (Event.READ, Event.WRITE, Event.CLOSE) if not signals.armed(each)]
+        subscription = signals.add(events, callback)
+        if self._sock.fileno() < 0:
+            return subscription
+        self._subscribe(signals)
+        for event in told:
+            # Told to the others before; to this one if it is still so.
+            if subscription.wants(event) and self._is_so(event):
+                self._deliver(subscription, event, self._broken)
+        return subscription
+
+    # -- events
+
+    def _subscribe(self, signals: Signals) -> None:
+        if signals.wanted(Event.WRITE) and not self._buffer and not self._write_eof:
+            self._fire(signals, Event.WRITE)
+        if signals.wanted(Event.READ) or signals.wanted(Event.CLOSE):
+            if self._registered:
+                self._watch.modify(self._sock.fileno(), self._interest())
+            else:
+                self._register()
+
+    def _is_so(self, event: Event) -> bool:
+        if event is Event.CLOSE:
+            return self._ended
+        if event is Event.WRITE:
+            return not self._buffer and not self._write_eof
+        if self._reading:
+            return False
+        try:
+            return self._eof or self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) is not None
+        except OSError:
+            return False
+
+    def _signal(self, signals: Signals, events: int) -> None:
+        if events & (READ | HANGUP) and not self._reading:
+            self._fire(signals, Event.READ)
+        if events & _ERROR and self._peer_error is None:
+            # Taking SO_ERROR clears it: a later read is told by what is kept here.
+            code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            self._peer_error = OSError(code or errno.ECONNRESET, os.strerror(code or errno.ECONNRESET))
+            self._tell_end(self._peer_error)
+        elif events & HANGUP and signals.wanted(Event.CLOSE) and not self._unread():
+            self._tell_end(None)
+
+    def _unread(self) -> bool:
+        try:
+            return bool(self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except OSError:
+            return False
+
+    def _tell_end(self, error: OSError | None) -> None:
+        self._ended = True
+        if self._signals is not None:
+            self._fire(self._signals, Event.CLOSE, error)
+
+    def _fire(self, signals: Signals, event: Event, error: OSError | None = None) -> None:
+        for subscription in signals.fire(event):
+            self._deliver(subscription, event, error)
+
+    def _deliver(self, subscription: Subscription, event: Event, error: OSError | None) -> None:
+        self._loop.call_soon(deliver, subscription, self, event, error)
+
+    # -- the socket
+
+    def _interest(self) -> int:
+        return READ | WRITE if self._blocked else READ
+
+    def _register(self) -> None:
+        self._registered = True
+        self._watch.register(self._sock.fileno(), self._interest(), self._ready)
+
+    def _unregister(self) -> None:
+        if self._registered:
+            self._registered = False
+            self._watch.unregister(self._sock.fileno())
+
+    def _ready(self, events: int) -> None:
+        """Act on an edge of the watch: a hint, nothing is decided by it."""
+        if events & HANGUP:
+            self._end = True
+        if events & (READ | HANGUP):
+            self._dry = False
+            self._wake_reader()
+        if self._blocked and events & (WRITE | HANGUP):
+            self._flush()
+        if self._signals is not None and self._registered:
+            self._signal(self._signals, events)
+
+    def _block(self) -> None:
+        if self._blocked:
+            return
+        self._blocked = True
+        if self._signals is not None:
+            self._signals.arm(Event.WRITE)
+        if self._registered:
+            self._watch.modify(self._sock.fileno(), self._interest())
+        else:
+            self._register()
+
+    def _flush(self) -> None:
+        try:
+            while self._buffer:
+                sent = self._sock.send(self._buffer[:CHUNK], socket.MSG_DONTWAIT)
+                del self._buffer[:sent]
+        except BlockingIOError:
+            self._watch.modify(self._sock.fileno(), self._interest())
+        except OSError as error:
+            self._break(error)
+            if self._closing:
+                self._finish()
+            return
+        if self._paused and len(self._buffer) <= LOW:
+            self._paused = False
+            self._wake_waiters()
+        if self._buffer:
+            return
+        self._blocked = False
+        if self._closing:
+            self._finish()
+            return
+        self._watch.modify(self._sock.fileno(), self._interest())
+        if self._write_eof:
+            self._shut()
+        elif self._signals is not None:
+            self._fire(self._signals, Event.WRITE)
+
+    def _shut(self) -> None:
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            # ENOTCONN: the peer was faster, and a read will tell how.
+            if error.errno != errno.ENOTCONN:
+                self._break(error)
+
+    def _break(self, error: OSError) -> None:
+        """Note that the connection failed; every later call raises *error*."""
+        self._broken = error
+        self._buffer.clear()
+        self._blocked = False
+        self._wake_reader()
+        self._wake_waiters()
+        if not self._closing:
+            self._tell_end(error)
+
+    def _finish(self) -> None:
+        if self._sock.fileno() >= 0:
+            self._unregister()
+            self._sock.close()
+            self._wake_waiters()
+
+    def _why_not(self) -> OSError:
+        broken = self._broken
+        if broken is not None:
+            # A new one each time: tracebacks would pile up on a single one.
+            fresh = OSError(broken.errno, broken.strerror)
+            fresh.__cause__ = broken
+            return fresh
+        return ConnectionAbortedError(errno.ECONNABORTED, "the stream was closed by this side")
+
+    async def _refusal(self) -> OSError:
+        await self._turn()
+        return self._why_not()
+
+    # -- waiting
+
+    async def _turn(self) -> None:
+        self._streak = 0
+        await asyncio.sleep(0)
+
+    async def _wait(self) -> None:
+        waiter = self._loop.create_future()
+        self._waiters.append(waiter)
+        self._streak = 0
+        try:
+            await waiter
+        finally:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+
+    def _wake_reader(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    def _wake_waiters(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+
+def check_callback(callback: EventCallback) -> None:
+    """Refuse what could be called but would do nothing."""
+    if inspect.iscoroutinefunction(callback):
+        message = f"an event callback is a plain function; let it start a task: {callback!r}"
+        raise TypeError(message)
+
+
+def deliver(
+    subscription: Subscription, source: Any, event: Event, error: OSError | None
+) -> None:
+    """Call a subscription's callback, unless it was cancelled meanwhile."""
+    if not subscription.cancelled:
+        subscription.callback(source, event, error)

@@ -1,0 +1,184 @@
+"""One place that tells when a descriptor has something new.
+
+The loop's own readers are level-triggered: between waking a task and that task's read
+they report the same bytes again, and a reader left on a queue that nobody may take from
+spins. What is here is edge-triggered: *callback(events)* is called when something new has
+come, and not again before the consumer has met EAGAIN and said so with `dry()`.
+
+Goals: nothing spins; nothing is lost between two calls; what a callback does to other
+registrations of the same batch is safe.
+"""
+
+from __future__ import annotations
+
+import select
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    import asyncio
+
+__all__ = ("HANGUP", "READ", "WRITE", "EpollWatch", "ReaderWatch", "Watch", "open_watch")
+
+READ: Final = 0x001
+"""Something to read, or to accept: EPOLLIN."""
+WRITE: Final = 0x004
+"""Room to send: EPOLLOUT."""
+HANGUP: Final = 0x2000 | 0x008 | 0x010
+"""The peer sends no more, or is gone: EPOLLRDHUP, EPOLLERR, EPOLLHUP."""
+
+BATCH: Final = 64
+"""Events handled before the loop's other readers have their turn; `select.epoll` asks for
+at least as many by itself, libuv for 1024."""
+
+Callback: TypeAlias = Callable[[int], object]
+
+
+class Watch(Protocol):
+    """Tells of descriptors; shared by a listener, its undecided connections, its streams."""
+
+    tells_hangup: bool
+    """Whether a hangup can be watched for by itself, without reading."""
+
+    def hold(self) -> None:
+        """Count one more user."""
+
+    def release(self) -> None:
+        """Count one user less; the last one closes it."""
+
+    def register(self, fd: int, events: int, callback: Callback) -> None:
+        """Call *callback* with what is new on *fd*, beginning with what is there."""
+
+    def modify(self, fd: int, events: int) -> None:
+        """Watch for *events* instead, beginning with what is there."""
+
+    def unregister(self, fd: int) -> None:
+        """Forget *fd*; before its descriptor is closed or given away."""
+
+    def dry(self, fd: int) -> None:
+        """Note that a read, or an accept, has met EAGAIN."""
+
+
+class EpollWatch:
+    """An epoll set of our own, whose descriptor is what the loop sees.
+
+    Source: epoll(7), "Level-triggered and edge-triggered".
+    """
+
+    tells_hangup = True
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._users = 0
+        self._callbacks: dict[int, Callback] = {}
+        # Made at once: without a free descriptor it could not be made later.
+        self._epoll: select.epoll | None = None
+        self._open()
+
+    def hold(self) -> None:
+        self._users += 1
+
+    def release(self) -> None:
+        self._users -= 1
+        if not self._users and self._epoll is not None:
+            if not self._loop.is_closed():
+                self._loop.remove_reader(self._epoll.fileno())
+            self._epoll.close()
+            self._epoll = None
+
+    def register(self, fd: int, events: int, callback: Callback) -> None:
+        self._open().register(fd, events | select.EPOLLRDHUP | select.EPOLLET)
+        self._callbacks[fd] = callback
+
+    def modify(self, fd: int, events: int) -> None:
+        self._open().modify(fd, events | select.EPOLLRDHUP | select.EPOLLET)
+
+    def unregister(self, fd: int) -> None:
+        if self._callbacks.pop(fd, None) is not None and self._epoll is not None:
+            try:
+                self._epoll.unregister(fd)
+            except OSError:
+                # Closed behind our back: the kernel has taken it out by itself.
+                return
+
+    def dry(self, fd: int) -> None:
+        """Nothing to do: the next edge comes by itself."""
+
+    def _open(self) -> select.epoll:
+        if self._epoll is None:
+            self._epoll = select.epoll()
+            self._loop.add_reader(self._epoll.fileno(), self._dispatch)
+        return self._epoll
+
+    def _dispatch(self) -> None:
+        if self._epoll is None:
+            return
+        callbacks = self._callbacks
+        # The whole batch is mapped to callbacks before the first is called: one of them
+        # may close a descriptor whose number the next connection gets.
+        batch = [(fd, events, callbacks.get(fd)) for fd, events in self._epoll.poll(0, BATCH)]
+        for fd, events, callback in batch:
+            if callback is not None and callbacks.get(fd) is callback:
+                callback(events)
+
+
+class ReaderWatch:
+    """The same over the loop's own readers and writers, where there is no epoll.
+
+    Each is taken off when it has fired, and put back by `dry()` or `modify()`. A hangup
+    cannot be told from data here, so watching for it alone tells nothing.
+    """
+
+    tells_hangup = False
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._users = 0
+        self._callbacks: dict[int, Callback] = {}
+
+    def hold(self) -> None:
+        self._users += 1
+
+    def release(self) -> None:
+        self._users -= 1
+        if not self._users:
+            for fd in list(self._callbacks):
+                self.unregister(fd)
+
+    def register(self, fd: int, events: int, callback: Callback) -> None:
+        self._callbacks[fd] = callback
+        self.modify(fd, events)
+
+    def modify(self, fd: int, events: int) -> None:
+        if events & READ:
+            self._loop.add_reader(fd, self._readable, fd)
+        else:
+            self._loop.remove_reader(fd)
+        if events & WRITE:
+            self._loop.add_writer(fd, self._writable, fd)
+        else:
+            self._loop.remove_writer(fd)
+
+    def unregister(self, fd: int) -> None:
+        if self._callbacks.pop(fd, None) is not None:
+            self._loop.remove_reader(fd)
+            self._loop.remove_writer(fd)
+
+    def dry(self, fd: int) -> None:
+        self._loop.add_reader(fd, self._readable, fd)
+
+    def _readable(self, fd: int) -> None:
+        self._loop.remove_reader(fd)
+        self._callbacks[fd](READ)
+
+    def _writable(self, fd: int) -> None:
+        self._loop.remove_writer(fd)
+        self._callbacks[fd](WRITE)
+
+
+def open_watch(loop: asyncio.AbstractEventLoop) -> Watch:
+    """Return the best kind of watch for this system."""
+    if sys.platform == "linux":
+        return EpollWatch(loop)
+    return ReaderWatch(loop)  # pragma: no cover - not Linux

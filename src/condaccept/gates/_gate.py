@@ -1,0 +1,70 @@
+"""What every gate can do: the face between the kernel's side and the deque."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    import asyncio
+    import socket
+
+    from condaccept._pending import Arrival
+    from condaccept._sockets import OwnedSocket
+
+__all__ = ("Gate",)
+
+A = TypeVar("A", bound="Arrival")
+
+
+class Gate(Protocol, Generic[A]):
+    """A source of connections, and what can be done to one of them.
+
+    An arrival belongs to the listener from `take()` until it is given back with exactly
+    one of `admit()`, `refuse()` and `forget()`.
+    """
+
+    @property
+    def sockets(self) -> Sequence[socket.socket]:
+        """The listening sockets, if there are any."""
+
+    @property
+    def rejecting(self) -> int:
+        """How many refused connections are still being told so."""
+
+    @property
+    def cut_short(self) -> int:
+        """How many refused connections could not be given the time to read why."""
+
+    def start(self, ready: Callable[[], object]) -> None:
+        """Begin; *ready* is called when somebody has come. It is a hint."""
+
+    def waiting(self) -> bool:
+        """Whether somebody waits to be taken."""
+
+    def backlog(self) -> tuple[int, int] | None:
+        """How many wait to be taken, and how many could; ``None`` if unknown."""
+
+    def take(self, limit: int) -> list[A]:
+        """Take up to *limit* connections, in the order they came.
+
+        Raises:
+            AcceptError: Nothing could be taken; who waits goes on waiting, but for a
+                `PendingResetError`, which is about a connection that is gone.
+        """
+
+    def watch(self, arrival: A, changed: Callable[[], object]) -> None:
+        """Call *changed* when the peer of an undecided connection leaves."""
+
+    def admit(self, arrival: A) -> OwnedSocket | asyncio.Future[OwnedSocket]:
+        """Let a connection in: its socket, or a future of it, which may fail."""
+
+    def refuse(self, arrival: A, data: bytes) -> None:
+        """Refuse a connection; with *data*, the caller is to read that first."""
+
+    def forget(self, arrival: A) -> None:
+        """Drop a connection that found its end without a verdict."""
+
+    def close(self) -> None:
+        """Take no more, and end what goes on in the background."""
+
