@@ -21,7 +21,9 @@ def reject(_pending: condaccept.PendingTransport) -> condaccept.Verdict:
     return REJECT
 
 
-async def take(listener: condaccept.Listener, condition: condaccept.Condition) -> None:
+async def take(
+    listener: condaccept.Listener[condaccept.Stream], condition: condaccept.Condition
+) -> None:
     """Decide one connection after the other; greet and close those let in."""
     while True:
         try:

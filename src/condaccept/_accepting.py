@@ -259,7 +259,7 @@ class Accepting(Generic[T]):
         if self.closed:
             raise _closed()
         self._news = False
-        pending = self._pending.head()
+        pending = self._pending.head() if self._pending else None
         if pending is not None:
             if pending._status in _TO_OFFER:
                 self._look(pending)
@@ -279,7 +279,8 @@ class Accepting(Generic[T]):
             return None
         pending = PendingTransport(taken[0], self._loop.time)
         self._ledger.taken += 1
-        self._look(pending)
+        if pending._arrival.hangup:
+            self._look(pending)
         return pending
 
     def _look(self, pending: PendingTransport) -> bool:
@@ -310,7 +311,7 @@ class Accepting(Generic[T]):
         self, pending: PendingTransport, condition: Condition | None, callback_data: object
     ) -> AnyVerdict | Awaitable[AnyVerdict]:
         """Make one offer, as far as a plain condition goes."""
-        if pending in self._pending:
+        if pending._kept:
             self._pending.move(pending, Status.DECIDING, 0.0)
         self._ledger.offers += 1
         pending.callback_data = callback_data
@@ -330,7 +331,7 @@ class Accepting(Generic[T]):
         self, pending: PendingTransport, awaitable: Awaitable[AnyVerdict]
     ) -> AnyVerdict:
         """Wait for the verdict of an async condition."""
-        if pending not in self._pending:
+        if not pending._kept:
             self._pending.enter(pending, Status.DECIDING, 0.0)
         self._pass_on()
         task = _current_task()
@@ -432,7 +433,7 @@ class Accepting(Generic[T]):
         if self.closed:
             self._drop(pending)
             return
-        if pending in self._pending:
+        if pending._kept:
             self._pending.resume(pending, self._loop.time())
             self._set_timer()
         else:
@@ -579,7 +580,7 @@ class Accepting(Generic[T]):
 
     def _to(self, pending: PendingTransport, status: Status) -> None:
         """Make a transition, on the deque where it belongs there."""
-        if pending in self._pending:
+        if pending._kept:
             self._pending.move(pending, status, self._loop.time())
             self._pass_on()
         elif status in _KEPT:
@@ -636,7 +637,8 @@ class Accepting(Generic[T]):
 
     def _looked(self, error: BaseException | None) -> None:
         """Note the end of a call that looked at the deque."""
-        self._pass_on()
+        if self._waiters:
+            self._pass_on()
         if self._signals and not isinstance(error, ConnectionDeferredError):
             self._signals.arm(Event.PENDING)
             if self._signals.wanted(Event.PENDING) and not self.closed and self._due():

@@ -116,6 +116,8 @@ class Arrival(Protocol):
     """A connection as its gate gave it: what a pending transport asks about itself."""
 
     caller_id: Address
+    hangup: bool
+    """Whether the other end is worth a look: set when it was taken."""
 
     @property
     def capacity(self) -> int:
@@ -208,6 +210,7 @@ class PendingTransport:
         "_clock",
         "_deadline",
         "_holds",
+        "_kept",
         "_offered",
         "_reason",
         "_resume",
@@ -228,6 +231,7 @@ class PendingTransport:
         self._taken = clock()
         self._status = self._resume = Status.QUEUED
         self._offered = False
+        self._kept = False  # on the deque
         self._reason = ""
         self._deadline: float | None = None
         self._callee_data: CalleeData | None = None
@@ -411,9 +415,6 @@ class PendingDeque:
     def __len__(self) -> int:
         return len(self._order)
 
-    def __contains__(self, pending: PendingTransport) -> bool:
-        return pending in self._order
-
     def undecided(self) -> tuple[PendingTransport, ...]:
         """Return the connections without a verdict, oldest first."""
         return tuple(pending for pending in self._order if pending._status not in _LOSSES)
@@ -449,6 +450,7 @@ class PendingDeque:
     def enter(self, pending: PendingTransport, status: Status, now: float) -> None:
         """Put a connection that was just taken at the end of the deque."""
         pending._move(status)
+        pending._kept = True
         self._order[pending] = None
         self._count(pending, status, now)
 
@@ -462,7 +464,7 @@ class PendingDeque:
         if was is Status.DECIDING:
             self.deciding -= 1
         if status in _ENDS and status not in _LOSSES:
-            del self._order[pending]
+            self._leave(pending)
         else:
             self._count(pending, status, now)
 
@@ -472,7 +474,7 @@ class PendingDeque:
 
     def report(self, loss: PendingTransport) -> None:
         """Take a loss off the deque: somebody was told."""
-        del self._order[loss]
+        self._leave(loss)
 
     def expired(self, now: float) -> list[PendingTransport]:
         """Return the deferred connections whose deadline has passed; they stay as they are.
@@ -492,6 +494,10 @@ class PendingDeque:
         while self._deadlines and self._deadlines[0][2]._status in _ENDS:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
+
+    def _leave(self, pending: PendingTransport) -> None:
+        del self._order[pending]
+        pending._kept = False
 
     def _count(self, pending: PendingTransport, status: Status, now: float) -> None:
         if status is Status.DECIDING:

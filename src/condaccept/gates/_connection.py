@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from asyncio.trsock import TransportSocket
 from typing import TYPE_CHECKING, Any, Final
 
-from condaccept._sockets import OwnedSocket, RawSocket, credentials, peer
+from condaccept._sockets import OwnedSocket, RawSocket, credentials, peer, reset
 
 if TYPE_CHECKING:
     from condaccept._pending import Address, Credentials, Peer
@@ -16,18 +17,34 @@ __all__ = ("CALLEE_DATA_CAPACITY", "Connection")
 CALLEE_DATA_CAPACITY: Final = 4096
 """Bytes; what a fresh socket's send buffer takes at once, and Windows' own capacity."""
 
+_INTERNET: Final = frozenset({int(socket.AF_INET), int(socket.AF_INET6)})
+
 
 class Connection:
-    """A connected socket that nobody has decided about."""
+    """A connected socket that nobody has decided about.
 
-    __slots__ = ("caller_id", "sock", "watched")
+    A bare descriptor as long as nobody asks more of it: most rejected connections need no
+    socket object.
+    """
+
+    __slots__ = ("_family", "_sock", "caller_id", "fd", "hangup", "watched")
 
     capacity = CALLEE_DATA_CAPACITY
 
-    def __init__(self, sock: RawSocket, caller_id: Address) -> None:
-        self.sock = sock
+    def __init__(self, fd: int, family: int, caller_id: Address, *, hangup: bool) -> None:
+        self.fd = fd
         self.caller_id = caller_id
+        self.hangup = hangup
         self.watched = False
+        self._family = family
+        self._sock: RawSocket | None = None
+
+    @property
+    def sock(self) -> RawSocket:
+        """The socket, without the Python half of `socket.socket`."""
+        if self._sock is None:
+            self._sock = RawSocket(*self._kind(), self.fd)
+        return self._sock
 
     def callee_id(self) -> Address:
         return self.sock.getsockname()
@@ -36,7 +53,7 @@ class Connection:
         return credentials(self.sock)
 
     def peer(self) -> Peer:
-        return peer(self.sock, tcp=self.sock.proto == socket.IPPROTO_TCP)
+        return peer(self.sock, tcp=self._family in _INTERNET)
 
     def peek(self, n: int) -> bytes:
         try:
@@ -59,18 +76,21 @@ class Connection:
 
     def own(self) -> OwnedSocket:
         """Give the descriptor over to a socket that tells of its end."""
-        sock = self.sock
-        # proto too: asyncio sets TCP_NODELAY only on what says it is IPPROTO_TCP, and an
-        # accepted socket gets 0 from a listening one that was made without.
-        kind = sock.type | socket.SOCK_NONBLOCK
-        return OwnedSocket(sock.family, kind, sock.proto, sock.detach())
+        if self._sock is not None:
+            self._sock.detach()
+        return OwnedSocket(*self._kind(), self.fd)
 
-    @classmethod
-    def of_descriptor(cls, fd: int, family: int, caller_id: Address) -> Connection:
-        """Wrap an accepted descriptor."""
-        proto = socket.IPPROTO_TCP if family in (socket.AF_INET, socket.AF_INET6) else 0
+    def reset(self, *, lingers: bool) -> None:
+        """Reset the connection; *lingers* if the socket was made so that a close does."""
+        if lingers and self._sock is None:
+            os.close(self.fd)
+        else:
+            reset(self.sock)
+
+    def _kind(self) -> tuple[int, int, int]:
+        # proto: asyncio sets TCP_NODELAY only on what says it is IPPROTO_TCP, and an
+        # accepted socket says what the listening one was made with, often 0.
         # SOCK_NONBLOCK in the type makes the object non-blocking without a system call;
         # the kernel's own flag stays off, so every recv and send says MSG_DONTWAIT.
-        raw = RawSocket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK, proto, fd)
-        return cls(raw, caller_id)
-
+        proto = socket.IPPROTO_TCP if self._family in _INTERNET else 0
+        return self._family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK, proto

@@ -6,13 +6,14 @@ reset, or callee data and the end of the stream, and never a failed ``connect()`
 
 from __future__ import annotations
 
+import errno
 import select
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from condaccept._sockets import OwnedSocket, backlog, classify, raw_accept, reset
+from condaccept._sockets import OwnedSocket, backlog, classify, raw_accept
 from condaccept._watch import READ
 from condaccept.gates._connection import Connection
 from condaccept.gates._farewell import Farewells
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from condaccept._watch import Watch
 
 __all__ = ("HandshakeGate",)
+
+
+_POLLRDHUP: Final[int] = getattr(select, "POLLRDHUP", 0)
+_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE})
 
 
 class _Lane:
@@ -57,6 +62,7 @@ class HandshakeGate:
         # EMFILE with somebody waiting from EMFILE with nobody: Linux looks for a free
         # descriptor before it looks at the queue.
         self._poll = select.poll()
+        self._ready: list[tuple[int, int]] = []  # what it said last, and may be old
         for lane in self._lanes:
             lane.sock.setblocking(False)
             self._poll.register(lane.fd, select.POLLIN)
@@ -74,7 +80,11 @@ class HandshakeGate:
             self._watch.register(lane.fd, READ, lambda _: ready())
 
     def waiting(self) -> bool:
-        return self._ready_lane() is not None
+        self._ready = []
+        if not (waiting := bool(self._poll.poll(0))):
+            for lane in self._lanes:
+                self._watch.dry(lane.fd)
+        return waiting
 
     def backlog(self) -> tuple[int, int] | None:
         known = [each for each in map(backlog, self.sockets) if each is not None]
@@ -85,24 +95,39 @@ class HandshakeGate:
     def take(self, limit: int) -> list[Connection]:
         taken: list[Connection] = []
         while len(taken) < limit and (lane := self._ready_lane()) is not None:
-            # Turn about: whoever was served goes to the end.
-            self._lanes.rotate(-1)
             try:
                 fd, caller_id = lane.accept()
             except BlockingIOError:
                 # Another process that shares the socket was faster.
-                break
+                self._ready = []
+                continue
             except OSError as error:
+                stale, self._ready = self._ready, []
+                if error.errno in _EXHAUSTED and stale and not self.waiting():
+                    break
                 if taken:
                     break
                 raise classify(error) from error
-            taken.append(Connection.of_descriptor(fd, lane.family, caller_id))
+            # One question for two answers: whether the caller is still there, and, for
+            # the next turn, who else waits. Descriptors come back in this order.
+            self._poll.register(fd, _POLLRDHUP)
+            ready = self._poll.poll(0)
+            self._poll.unregister(fd)
+            hangup = bool(ready) and ready[-1][0] == fd
+            if hangup:
+                ready.pop()
+            self._ready = ready
+            taken.append(Connection(fd, lane.family, caller_id, hangup=hangup))
         return taken
 
     def watch(self, arrival: Connection, changed: Callable[[], object]) -> None:
         if self._watch.tells_hangup and not arrival.watched:
+            try:
+                self._watch.register(arrival.fd, 0, lambda _: changed())
+            except OSError:
+                # fs.epoll.max_user_watches, or no memory: noticed when offered again.
+                return
             arrival.watched = True
-            self._watch.register(arrival.sock.fileno(), 0, lambda _: changed())
 
     def admit(self, arrival: Connection) -> OwnedSocket:
         self._unwatch(arrival)
@@ -113,11 +138,11 @@ class HandshakeGate:
         if data:
             self._farewells.say(arrival.sock, data)
         else:
-            reset(arrival.sock)
+            arrival.reset(lingers=False)
 
     def forget(self, arrival: Connection) -> None:
         self._unwatch(arrival)
-        reset(arrival.sock)
+        arrival.reset(lingers=False)
 
     def close(self) -> None:
         self._farewells.close()
@@ -129,17 +154,22 @@ class HandshakeGate:
         # Before the descriptor is closed: its number may come back at once.
         if arrival.watched:
             arrival.watched = False
-            self._watch.unregister(arrival.sock.fileno())
+            self._watch.unregister(arrival.fd)
 
     def _ready_lane(self) -> _Lane | None:
         """Return the next listening socket that somebody waits on, by turns."""
-        ready = self._poll.poll(0)
+        ready = self._ready or self._poll.poll(0)
         if not ready:
             for lane in self._lanes:
                 self._watch.dry(lane.fd)
             return None
-        if len(self._lanes) > 1:
-            descriptors = {fd for fd, _ in ready}
-            while self._lanes[0].fd not in descriptors:
-                self._lanes.rotate(-1)
-        return self._lanes[0]
+        self._ready = ready
+        lanes = self._lanes
+        if len(lanes) == 1:
+            return lanes[0]
+        descriptors = {fd for fd, _ in ready}
+        while lanes[0].fd not in descriptors:
+            lanes.rotate(-1)
+        # Turn about: whoever is served now goes to the end.
+        lanes.rotate(-1)
+        return lanes[-1]
