@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import time
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 
 from condaccept._events import Event
 from condaccept._pending import Condition, Peer, PendingDeque, PendingTransport, Status
@@ -53,6 +54,7 @@ OnEof = Literal["keep", "withdraw"]
 IN_A_ROW: Final = 64
 """Calls that complete at once before one yields to the loop."""
 
+_BARE_ACCEPT, _BARE_REJECT, _BARE_DEFER = Verdict
 _ACCEPT: Final = Accept()
 _REJECT: Final = Reject()
 _DEFER: Final = Defer()
@@ -60,6 +62,7 @@ _LOSSES: Final[dict[Status, type[AcceptError]]] = {
     Status.RESET: PendingResetError,
     Status.EXPIRED: PendingExpiredError,
 }
+_VERDICTS: Final = (Verdict, Accept, Reject, Defer)
 _TO_OFFER: Final = frozenset({Status.QUEUED, Status.DEFERRED})
 _KEPT: Final = frozenset({Status.DEFERRED, Status.ADMITTED, *_LOSSES})
 """What a connection that was never on the deque is put there for."""
@@ -103,7 +106,6 @@ class Accepting(Generic[T]):
         self._streams: dict[int, weakref.ref[Stream]] = {}
         self.options: list[Option] = []
         self.closed = False
-        watch.hold()
         gate.start(self._arrived)
 
     # -- the calls
@@ -122,10 +124,10 @@ class Accepting(Generic[T]):
                 turned = True
                 await (self._wait(self._waiters) if pending is None else self._turn())
             if pending._status not in _TO_OFFER:
-                stream = self._unasked(pending)
+                stream: Any = self._unasked(pending)
             else:
                 verdict = self._ask(pending, condition, callback_data)
-                if not isinstance(verdict, AnyVerdict) and inspect.isawaitable(verdict):
+                if not isinstance(verdict, _VERDICTS) and inspect.isawaitable(verdict):
                     verdict = await self._answer(pending, verdict)
                 stream = self._conclude(pending, verdict)
                 if stream is _TO_COME:
@@ -137,7 +139,7 @@ class Accepting(Generic[T]):
             raise
         self._streak += 1
         self._looked(None)
-        return cast("T", stream)
+        return stream
 
     def accept_nowait(self, condition: Condition | None, callback_data: object) -> T:
         """See `Listener.accept_nowait()`."""
@@ -148,10 +150,10 @@ class Accepting(Generic[T]):
                 reason = "nobody is pending"
                 raise NoPendingError(reason)
             if pending._status not in _TO_OFFER:
-                stream = self._unasked(pending)
+                stream: Any = self._unasked(pending)
             else:
                 verdict = self._ask(pending, condition, callback_data)
-                if not isinstance(verdict, AnyVerdict) and inspect.isawaitable(verdict):
+                if not isinstance(verdict, _VERDICTS) and inspect.isawaitable(verdict):
                     self._undo(pending)
                     if inspect.iscoroutine(verdict):
                         verdict.close()
@@ -165,7 +167,7 @@ class Accepting(Generic[T]):
             self._looked(error)
             raise
         self._looked(None)
-        return cast("T", stream)
+        return stream
 
     async def wait_pending(self) -> None:
         """See `Listener.wait_pending()`."""
@@ -259,13 +261,14 @@ class Accepting(Generic[T]):
         if self.closed:
             raise _closed()
         self._news = False
-        pending = self._pending.head() if self._pending else None
-        if pending is not None:
-            if pending._status in _TO_OFFER:
-                self._look(pending)
-            return pending
-        if self._pending.full:
-            return None
+        if self._pending:
+            pending = self._pending.head()
+            if pending is not None:
+                if pending._status in _TO_OFFER:
+                    self._look(pending)
+                return pending
+            if self._pending.full:
+                return None
         try:
             taken = self._gate.take(1)
         except PendingResetError as error:
@@ -277,7 +280,7 @@ class Accepting(Generic[T]):
             raise
         if not taken:
             return None
-        pending = PendingTransport(taken[0], self._loop.time)
+        pending = PendingTransport(taken[0], time.monotonic)
         self._ledger.taken += 1
         if pending._arrival.hangup:
             self._look(pending)
@@ -366,12 +369,12 @@ class Accepting(Generic[T]):
 
     def _conclude(self, pending: PendingTransport, verdict: object) -> object:
         """Do as the verdict says: return the stream, or _TO_COME, or raise."""
-        if verdict is Verdict.ACCEPT:
-            verdict = _ACCEPT
-        elif verdict is Verdict.REJECT:
-            verdict = _REJECT
-        elif verdict is Verdict.DEFER:
-            verdict = _DEFER
+        if verdict is _BARE_ACCEPT:
+            return self._accept(pending, _ACCEPT)
+        if verdict is _BARE_REJECT:
+            raise self._reject(pending, _REJECT)
+        if verdict is _BARE_DEFER:
+            raise self._defer(pending, _DEFER)
         if isinstance(verdict, Accept):
             return self._accept(pending, verdict)
         if isinstance(verdict, Reject):
@@ -452,11 +455,12 @@ class Accepting(Generic[T]):
     def _deliver(self, pending: PendingTransport, sock: OwnedSocket, reason: str) -> object:
         """Make the stream of an accepted connection."""
         fd = sock.fileno()
-        self._watch.hold()
         sock.own(partial(self._over, fd, pending._release_holds()))
         if self.options:
             inherit_options(sock, self.options)
-        stream = Stream(sock, self._loop, self._watch, pending.caller_id, self._signals)
+        stream = Stream(
+            sock, self._loop, self._watch, pending.caller_id, self._signals.subscriptions
+        )
         stream.state = pending.state
         self._streams[fd] = weakref.ref(stream)
         if pending._callee_data:
@@ -478,11 +482,11 @@ class Accepting(Generic[T]):
         self._ledger.settle(pending, Status.ACCEPTED, reason)
         return result
 
-    def _over(self, fd: int, holds: Iterable[Release]) -> None:
+    def _over(self, fd: int, holds: Sequence[Release]) -> None:
         """Note that an accepted connection's descriptor is gone."""
         self._streams.pop(fd, None)
-        self._ledger.release(holds)
-        self._watch.release()
+        if holds:
+            self._ledger.release(holds)
 
     def _unasked(self, pending: PendingTransport) -> object:
         """Act on what needs no condition: a loss to report, a connection that is ready."""
@@ -639,7 +643,7 @@ class Accepting(Generic[T]):
         """Note the end of a call that looked at the deque."""
         if self._waiters:
             self._pass_on()
-        if self._signals and not isinstance(error, ConnectionDeferredError):
+        if self._signals.subscriptions and not isinstance(error, ConnectionDeferredError):
             self._signals.arm(Event.PENDING)
             if self._signals.wanted(Event.PENDING) and not self.closed and self._due():
                 self._fire_pending()

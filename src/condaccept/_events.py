@@ -104,19 +104,16 @@ class Signals:
 
     An event is told once and then disarmed, until the operation that belongs to it arms
     it again: Winsock's re-enabling functions.
+
+    Attributes:
+        subscriptions: Cancelled ones included.
     """
 
-    __slots__ = ("_disarmed", "_subscriptions")
+    __slots__ = ("_disarmed", "subscriptions")
 
     def __init__(self, inherited: Iterable[Subscription] = ()) -> None:
-        self._subscriptions = [each.copy() for each in inherited if not each.cancelled]
+        self.subscriptions = [each.copy() for each in inherited if not each.cancelled]
         self._disarmed: int = 0
-
-    def __bool__(self) -> bool:
-        return bool(self._subscriptions)
-
-    def __iter__(self) -> Iterable[Subscription]:
-        return iter(self._subscriptions)
 
     def add(self, events: Event, callback: EventCallback) -> Subscription:
         """Subscribe *callback* to *events*."""
@@ -126,14 +123,14 @@ class Signals:
         if not callable(callback):
             message = f"the callback cannot be called: {callback!r}"
             raise TypeError(message)
-        self._subscriptions = [each for each in self._subscriptions if not each.cancelled]
+        self.subscriptions = [each for each in self.subscriptions if not each.cancelled]
         subscription = Subscription(events, callback)
-        self._subscriptions.append(subscription)
+        self.subscriptions.append(subscription)
         return subscription
 
     def wanted(self, event: Event) -> bool:
         """Whether somebody would be told of *event* now."""
-        return self.armed(event) and any(each.wants(event) for each in self._subscriptions)
+        return self.armed(event) and any(each.wants(event) for each in self.subscriptions)
 
     def armed(self, event: Event) -> bool:
         """Whether *event* has not been told since it was last armed."""
@@ -147,7 +144,7 @@ class Signals:
         """Return who is to be told of *event*, and disarm it; nobody if it is disarmed."""
         if not self.armed(event):
             return []
-        told = [each for each in self._subscriptions if each.wants(event)]
+        told = [each for each in self.subscriptions if each.wants(event)]
         if told:
             self._disarmed |= event.value
         return told

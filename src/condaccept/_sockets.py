@@ -102,11 +102,11 @@ def classify(error: OSError) -> AcceptError:
     return classified
 
 
-class OwnedSocket(socket.socket):
+class OwnedSocket(RawSocket):
     """A connected socket that tells when its descriptor is gone, once.
 
-    asyncio's transports end with `close()`, uvloop's with `detach()`, and who just drops
-    the socket with neither. Nothing on the way of the data is overridden.
+    Nothing on the way of the data is overridden. It is made of the C class: the Python
+    half of `socket.socket` costs as much as a system call.
     """
 
     __slots__ = ("_release",)
@@ -118,18 +118,20 @@ class OwnedSocket(socket.socket):
 
     def close(self) -> None:
         """Close the descriptor; then release."""
-        super().close()
+        RawSocket.close(self)
         self._over()
 
     def detach(self) -> int:
         """Give the descriptor to the caller; then release."""
-        fd = super().detach()
+        fd = RawSocket.detach(self)
         self._over()
         return fd
 
     def __del__(self) -> None:
-        # The C finalizer that follows warns of the open descriptor and closes it.
-        self._over()
+        # Who just drops it: the C finalizer warns of the open descriptor and closes it.
+        if self.fileno() >= 0:
+            super().__del__()  # type: ignore[misc]
+            self._over()
 
     def _over(self) -> None:
         release: Release | None = getattr(self, "_release", None)

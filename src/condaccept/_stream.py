@@ -13,7 +13,7 @@ import inspect
 import os
 import socket
 from asyncio.trsock import TransportSocket
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from condaccept._events import Event, EventCallback, Signals, Subscription
@@ -82,7 +82,7 @@ class Stream:
         loop: asyncio.AbstractEventLoop,
         watch: Watch,
         caller_id: Address,
-        inherited: Iterable[Subscription] = (),
+        inherited: Sequence[Subscription] = (),
     ) -> None:
         self._sock = sock
         self._loop = loop
@@ -414,8 +414,8 @@ class Stream:
         return READ | WRITE if self._blocked else READ
 
     def _register(self) -> None:
-        self._registered = True
         self._watch.register(self._sock.fileno(), self._interest(), self._ready)
+        self._registered = True
 
     def _unregister(self) -> None:
         if self._registered:

@@ -41,11 +41,8 @@ class Watch(Protocol):
     tells_hangup: bool
     """Whether a hangup can be watched for by itself, without reading."""
 
-    def hold(self) -> None:
-        """Count one more user."""
-
     def release(self) -> None:
-        """Count one user less; the last one closes it."""
+        """Note that its listener is gone: it closes itself while nothing is registered."""
 
     def register(self, fd: int, events: int, callback: Callback) -> None:
         """Call *callback* with what is new on *fd*, beginning with what is there."""
@@ -70,22 +67,15 @@ class EpollWatch:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._users = 0
+        self._owned = True
         self._callbacks: dict[int, Callback] = {}
         # Made at once: without a free descriptor it could not be made later.
         self._epoll: select.epoll | None = None
         self._open()
 
-    def hold(self) -> None:
-        self._users += 1
-
     def release(self) -> None:
-        self._users -= 1
-        if not self._users and self._epoll is not None:
-            if not self._loop.is_closed():
-                self._loop.remove_reader(self._epoll.fileno())
-            self._epoll.close()
-            self._epoll = None
+        self._owned = False
+        self._close_if_idle()
 
     def register(self, fd: int, events: int, callback: Callback) -> None:
         self._open().register(fd, events | select.EPOLLRDHUP | select.EPOLLET)
@@ -95,12 +85,14 @@ class EpollWatch:
         self._open().modify(fd, events | select.EPOLLRDHUP | select.EPOLLET)
 
     def unregister(self, fd: int) -> None:
-        if self._callbacks.pop(fd, None) is not None and self._epoll is not None:
-            try:
-                self._epoll.unregister(fd)
-            except OSError:
-                # Closed behind our back: the kernel has taken it out by itself.
-                return
+        if self._callbacks.pop(fd, None) is None or self._epoll is None:
+            return
+        try:
+            self._epoll.unregister(fd)
+        except OSError:
+            # Closed behind our back: the kernel has taken it out by itself.
+            pass
+        self._close_if_idle()
 
     def dry(self, fd: int) -> None:
         """Nothing to do: the next edge comes by itself."""
@@ -110,6 +102,13 @@ class EpollWatch:
             self._epoll = select.epoll()
             self._loop.add_reader(self._epoll.fileno(), self._dispatch)
         return self._epoll
+
+    def _close_if_idle(self) -> None:
+        if not self._owned and not self._callbacks and self._epoll is not None:
+            if not self._loop.is_closed():
+                self._loop.remove_reader(self._epoll.fileno())
+            self._epoll.close()
+            self._epoll = None
 
     def _dispatch(self) -> None:
         if self._epoll is None:
@@ -134,17 +133,10 @@ class ReaderWatch:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._users = 0
         self._callbacks: dict[int, Callback] = {}
 
-    def hold(self) -> None:
-        self._users += 1
-
     def release(self) -> None:
-        self._users -= 1
-        if not self._users:
-            for fd in list(self._callbacks):
-                self.unregister(fd)
+        """Nothing to do: there is no descriptor of its own."""
 
     def register(self, fd: int, events: int, callback: Callback) -> None:
         self._callbacks[fd] = callback

@@ -1,0 +1,254 @@
+"""Fakes for the tests of code that uses condaccept, and of condaccept itself.
+
+A pending transport made by hand to ask a condition about, an in-memory gate whose
+admissions take as long as a test wants, and a listening socket that fails by script.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from condaccept._listener import Listener
+from condaccept._pending import Address, Credentials, Peer, PendingTransport
+from condaccept._stream import Stream
+from condaccept.gates._connection import CALLEE_DATA_CAPACITY, Connection
+from condaccept.gates._farewell import Farewells
+
+if TYPE_CHECKING:
+    from condaccept._sockets import OwnedSocket
+    from condaccept._watch import Watch
+
+__all__ = ("MemoryGate", "ScriptedSocket", "memory_listener", "pending_transport")
+
+CALLER: Address = ("192.0.2.1", 50000)  # RFC 5737, TEST-NET-1
+CALLEE: Address = ("192.0.2.2", 7)
+
+
+@attrs.define
+class _FakeArrival:
+    caller_id: Address
+    callee: Address
+    data: bytes
+    capacity: int
+    who: Credentials | None
+    other_end: Peer
+    info: dict[str, Any]
+    hangup: bool = True
+
+    def callee_id(self) -> Address:
+        return self.callee
+
+    def credentials(self) -> Credentials | None:
+        return self.who
+
+    def peer(self) -> Peer:
+        return self.other_end
+
+    def peek(self, n: int) -> bytes:
+        return self.data[:n]
+
+    def consume(self, n: int) -> bytes:
+        taken, self.data = self.data[:n], self.data[n:]
+        return taken
+
+    def extra(self, name: str, default: Any) -> Any:
+        known = {"peername": self.caller_id, "sockname": self.callee, **self.info}
+        return known.get(name, default)
+
+
+def pending_transport(
+    caller_id: Address = CALLER,
+    *,
+    callee_id: Address = CALLEE,
+    caller_data: bytes = b"",
+    callback_data: object = None,
+    callee_data_capacity: int = CALLEE_DATA_CAPACITY,
+    credentials: Credentials | None = None,
+    peer_closed: bool = False,
+    extra_info: dict[str, Any] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> PendingTransport:
+    """Return a pending transport that no listener knows, to call a condition with.
+
+    An offer of it is under way, so `hold()` can be called; nothing is ever released.
+    """
+    arrival = _FakeArrival(
+        caller_id,
+        callee_id,
+        caller_data,
+        callee_data_capacity,
+        credentials,
+        Peer.SHUT if peer_closed else Peer.THERE,
+        extra_info or {},
+    )
+    pending = PendingTransport(arrival, clock)
+    pending.callback_data = callback_data
+    pending._offered = True
+    return pending
+
+
+class MemoryGate:
+    """A gate without a network: connections are pairs of connected sockets.
+
+    With *slow*, an accepted connection is complete only when the test says so: each waits
+    in `admitting` as a future, for `complete()` or `fail()`.
+    """
+
+    sockets: tuple[socket.socket, ...] = ()
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        watch: Watch,
+        *,
+        slow: bool = False,
+        reject_timeout: float | None = 5.0,
+    ) -> None:
+        self._loop = loop
+        self._watch = watch
+        self._slow = slow
+        self._farewells = Farewells(loop, watch, reject_timeout)
+        self._queue: deque[Connection] = deque()
+        self._ready: Callable[[], object] = lambda: None
+        self.closed = False
+        self.admitting: list[tuple[Connection, asyncio.Future[OwnedSocket]]] = []
+
+    def dial(self, caller_id: Address = CALLER) -> socket.socket:
+        """Connect, and return the caller's end: a blocking socket, which the test closes."""
+        if self.closed:
+            raise ConnectionRefusedError
+        theirs, ours = socket.socketpair()
+        self._queue.append(Connection(ours.detach(), socket.AF_UNIX, caller_id, hangup=True))
+        self._ready()
+        return theirs
+
+    def complete(self) -> None:
+        """Complete the oldest admission."""
+        connection, admission = self.admitting.pop(0)
+        sock = connection.own()
+        if admission.done():
+            sock.close()
+        else:
+            admission.set_result(sock)
+
+    def fail(self) -> None:
+        """Let the oldest admission come to nothing: its caller has left."""
+        connection, admission = self.admitting.pop(0)
+        connection.own().close()
+        if not admission.done():
+            admission.set_exception(ConnectionResetError())
+
+    @property
+    def rejecting(self) -> int:
+        """How many refused connections are still being told so."""
+        return len(self._farewells)
+
+    @property
+    def cut_short(self) -> int:
+        """How many refused connections could not be given the time to read why."""
+        return self._farewells.cut_short
+
+    def start(self, ready: Callable[[], object]) -> None:
+        """Begin; *ready* is called by `dial()`."""
+        self._ready = ready
+
+    def waiting(self) -> bool:
+        """Whether somebody waits to be taken."""
+        return bool(self._queue)
+
+    def backlog(self) -> tuple[int, int] | None:
+        """How many wait to be taken; there is no limit."""
+        return None
+
+    def take(self, limit: int) -> list[Connection]:
+        """Take up to *limit* connections."""
+        return [self._queue.popleft() for _ in range(min(limit, len(self._queue)))]
+
+    def watch(self, arrival: Connection, changed: Callable[[], object]) -> None:
+        """Call *changed* when the peer of an undecided connection leaves."""
+        if self._watch.tells_hangup and not arrival.watched:
+            arrival.watched = True
+            self._watch.register(arrival.fd, 0, lambda _: changed())
+
+    def admit(self, arrival: Connection) -> OwnedSocket | asyncio.Future[OwnedSocket]:
+        """Let a connection in, at once or when the test says so."""
+        self._unwatch(arrival)
+        if not self._slow:
+            return arrival.own()
+        admission: asyncio.Future[OwnedSocket] = self._loop.create_future()
+        self.admitting.append((arrival, admission))
+        return admission
+
+    def refuse(self, arrival: Connection, data: bytes) -> None:
+        """Refuse a connection."""
+        self._unwatch(arrival)
+        if data:
+            self._farewells.say(arrival.sock, data)
+        else:
+            arrival.reset(lingers=False)
+
+    def forget(self, arrival: Connection) -> None:
+        """Drop a connection that found its end without a verdict."""
+        self._unwatch(arrival)
+        arrival.reset(lingers=False)
+
+    def close(self) -> None:
+        """Take no more; whoever was not taken reads the end of the stream."""
+        self.closed = True
+        self._farewells.close()
+        while self._queue:
+            self._queue.popleft().reset(lingers=False)
+        while self.admitting:
+            connection, admission = self.admitting.pop()
+            admission.cancel()
+            connection.own().close()
+
+    def _unwatch(self, arrival: Connection) -> None:
+        if arrival.watched:
+            arrival.watched = False
+            self._watch.unregister(arrival.fd)
+
+
+def memory_listener(
+    *, slow: bool = False, reject_timeout: float | None = 5.0, **options: Any
+) -> tuple[Listener[Stream], MemoryGate]:
+    """Return a listener in front of a `MemoryGate`, and that gate.
+
+    *options* are those of `listen()` that are not about addresses.
+    """
+    made: list[MemoryGate] = []
+
+    def gate(loop: asyncio.AbstractEventLoop, watch: Watch) -> MemoryGate:
+        made.append(MemoryGate(loop, watch, slow=slow, reject_timeout=reject_timeout))
+        return made[0]
+
+    listener: Listener[Stream] = Listener(gate, **options)
+    return listener, made[0]
+
+
+class ScriptedSocket(socket.socket):
+    """A listening socket whose accept(2) fails by script.
+
+    Takes over *sock*. Each step of *script* is an error that one accept raises in place
+    of accepting, or ``None`` to let one through; after the last, all are let through. The
+    caller that was to be accepted stays queued, so somebody has to have connected for
+    accept to be tried at all.
+    """
+
+    def __init__(self, sock: socket.socket, script: Iterable[OSError | None]) -> None:
+        super().__init__(sock.family, sock.type, sock.proto, sock.detach())
+        self._script = deque(script)
+
+    def _accept(self) -> tuple[int, Address]:
+        step = self._script.popleft() if self._script else None
+        if step is not None:
+            raise step
+        accepted: tuple[int, Address] = super()._accept()  # type: ignore[misc]
+        return accepted

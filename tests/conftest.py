@@ -1,0 +1,71 @@
+"""Both loops for every async test, clients that are closed, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import uvloop
+from hypothesis import settings
+
+from condaccept import Listener, Stream, listen
+
+if TYPE_CHECKING:
+    from tests.support import Dial
+
+# Deterministic: the same examples at every run, and no deadline, since no test is timed.
+settings.register_profile("suite", derandomize=True, deadline=None)
+settings.load_profile("suite")
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Run every async test on both loops."""
+    return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture(autouse=True)
+async def _nothing_reported() -> AsyncIterator[None]:
+    """Fail a test during which the loop was told of an error nobody handled."""
+    reported: list[dict[str, Any]] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: reported.append(context))
+    yield
+    await asyncio.sleep(0)
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    assert not left, f"tasks left behind: {left}"
+    assert not reported, f"reported to the loop: {reported}"
+
+
+@pytest.fixture
+def dial() -> Iterator[Dial]:
+    """Connect blocking clients, which are closed at the end of the test."""
+    with contextlib.ExitStack() as stack:
+
+        def connect(to: Listener[Any] | Any, *, data: bytes = b"") -> socket.socket:
+            address = to.sockname if isinstance(to, Listener) else to
+            if isinstance(address, tuple):
+                client = socket.create_connection(address[:2], timeout=10)
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            else:
+                client = socket.socket(socket.AF_UNIX)
+                client.settimeout(10)
+                client.connect(address)
+            stack.callback(client.close)
+            if data:
+                client.sendall(data)
+            return client
+
+        yield connect
+
+
+@pytest.fixture
+async def listener() -> AsyncIterator[Listener[Stream]]:
+    """A listener on 127.0.0.1, closed at the end of the test."""
+    async with await listen("127.0.0.1", 0) as opened:
+        yield opened

@@ -1,0 +1,109 @@
+"""What several test modules need: conditions, waiting for events, and the wire's view."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from condaccept import ACCEPT, DEFER, REJECT, AnyVerdict, Listener, PendingTransport
+
+LIMIT = 10.0
+"""Seconds after which an event that has to come counts as missing."""
+
+
+class Dial(Protocol):
+    """The `dial` fixture."""
+
+    def __call__(self, to: Listener[Any] | Any, *, data: bytes = b"") -> socket.socket: ...
+
+
+def accept(_pending: PendingTransport) -> AnyVerdict:
+    """Say ACCEPT."""
+    return ACCEPT
+
+
+def reject(_pending: PendingTransport) -> AnyVerdict:
+    """Say REJECT."""
+    return REJECT
+
+
+def defer(_pending: PendingTransport) -> AnyVerdict:
+    """Say DEFER."""
+    return DEFER
+
+
+class Condition:
+    """Says one verdict after the other, and keeps what it was offered."""
+
+    def __init__(self, *verdicts: AnyVerdict) -> None:
+        self._verdicts = list(verdicts)
+        self.offered: list[Any] = []
+
+    def __call__(self, pending: PendingTransport) -> AnyVerdict:
+        self.offered.append(pending.caller_id)
+        return self._verdicts.pop(0)
+
+
+async def until(predicate: Callable[[], object]) -> None:
+    """Let the loop turn until *predicate* holds."""
+    async with asyncio.timeout(LIMIT):
+        while not predicate():
+            await asyncio.sleep(0)
+
+
+async def queued(listener: Listener[Any], n: int) -> None:
+    """Wait until the kernel has queued *n* finished connections for a TCP listener."""
+    await until(lambda: listener.statistics().backlog == n)
+
+
+def reset(client: socket.socket) -> None:
+    """Close *client* so that the other end is reset."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
+def wire(client: socket.socket) -> str | bytes:
+    """Read once from *client*: the bytes, or ``"eof"``, ``"reset"`` or ``"open"`` (nothing yet).
+
+    Never waits. Loopback delivers while the other side's call is still running, so after
+    that call what it sent has come.
+    """
+    try:
+        return client.recv(65536, socket.MSG_DONTWAIT) or "eof"
+    except BlockingIOError:
+        return "open"
+    except ConnectionResetError:
+        return "reset"
+
+
+async def wire_end(client: socket.socket) -> str | bytes:
+    """Wait until *client* has something to read, or the end; then see `wire()`."""
+    seen: list[str | bytes] = []
+
+    def arrived() -> bool:
+        seen[:] = [wire(client)]
+        return seen[0] != "open"
+
+    await until(arrived)
+    return seen[0]
+
+
+async def both(first: Awaitable[Any], second: Awaitable[Any]) -> tuple[Any, Any]:
+    """Wait for two things at once."""
+    a, b = await asyncio.gather(first, second)
+    return a, b
+
+
+def descriptors() -> int:
+    """Return how many descriptors this process has open."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def inode(path: str | bytes) -> int:
+    """Return the inode of a file."""
+    return os.stat(path).st_ino
