@@ -12,7 +12,6 @@ import inspect
 import time
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 
@@ -38,6 +37,8 @@ from condaccept.exceptions import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
     from condaccept._events import EventCallback, Signals, Subscription
     from condaccept._ledger import Ledger
     from condaccept._pending import Release
@@ -78,10 +79,10 @@ class Accepting(Generic[T]):
         loop: asyncio.AbstractEventLoop,
         watch: Watch,
         gate: Gate[Any],
+        *,
         pending: PendingDeque,
         ledger: Ledger,
         signals: Signals,
-        *,
         source: Callable[[], object],
         stream_factory: Callable[[Stream], T] | None,
         on_eof: OnEof,
@@ -139,7 +140,8 @@ class Accepting(Generic[T]):
             raise
         self._streak += 1
         self._looked(None)
-        return stream
+        result: T = stream
+        return result
 
     def accept_nowait(self, condition: Condition | None, callback_data: object) -> T:
         """See `Listener.accept_nowait()`."""
@@ -157,7 +159,7 @@ class Accepting(Generic[T]):
                     self._undo(pending)
                     if inspect.iscoroutine(verdict):
                         verdict.close()
-                    reason = "accept_nowait() cannot await a condition: use accept(), or a plain one"
+                    reason = "accept_nowait() cannot await a condition: use accept()"
                     raise InvalidVerdictError(reason, pending.caller_id)
                 stream = self._conclude(pending, verdict)
                 if stream is _TO_COME:
@@ -167,7 +169,8 @@ class Accepting(Generic[T]):
             self._looked(error)
             raise
         self._looked(None)
-        return stream
+        result: T = stream
+        return result
 
     async def wait_pending(self) -> None:
         """See `Listener.wait_pending()`."""
@@ -409,7 +412,8 @@ class Accepting(Generic[T]):
             data = b"" if pending._callee_data is None else bytes(pending._callee_data)
         elif len(data) > pending.callee_data.capacity:
             self._undo(pending)
-            reason = f"callee data of {len(data)} bytes is over the capacity of {pending.callee_data.capacity}"
+            capacity = pending.callee_data.capacity
+            reason = f"callee data of {len(data)} bytes is over the capacity of {capacity}"
             return CalleeDataError(reason, pending.caller_id)
         self._to(pending, Status.REJECTED)
         self._gate.refuse(pending._arrival, data)
@@ -448,7 +452,7 @@ class Accepting(Generic[T]):
         self._to(pending, Status.REJECTED)
         self._gate.refuse(pending._arrival, b"")
         self._ledger.settle(pending, Status.REJECTED, f"the condition raised {error!r}")
-        error.add_note(f"The connection from {pending.caller_id!r} was rejected: its condition raised.")
+        error.add_note(f"The connection from {pending.caller_id!r} was rejected because of this.")
 
     # -- accepted
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -11,6 +10,8 @@ from condaccept._events import Outcome
 from condaccept._pending import Status
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from condaccept._pending import Address, PendingTransport, Release
 
 __all__ = ("Ledger", "Statistics")

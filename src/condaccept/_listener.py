@@ -8,8 +8,6 @@ import socket
 import warnings
 import weakref
 from asyncio.trsock import TransportSocket
-from collections.abc import Callable, Iterable
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, overload
 
 from condaccept._accepting import Accepting, OnEof
@@ -18,13 +16,16 @@ from condaccept._ledger import Ledger, Statistics
 from condaccept._open import Host, UnixPath, open_tcp, open_unix, unlink
 from condaccept._pending import Condition, PendingDeque, PendingTransport, Status
 from condaccept._sockets import Option, apply_options, check_listening, check_options
-from condaccept._stream import Stream
 from condaccept._watch import Watch, open_watch
 from condaccept.exceptions import ListenerClosedError
 from condaccept.gates import Gate, HandshakeGate
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from types import TracebackType
+
     from condaccept._pending import Address
+    from condaccept._stream import Stream
 
 __all__ = ("Listener", "listen")
 
@@ -78,9 +79,9 @@ class Listener(Generic[T]):
             loop,
             self._watch,
             self._gate,
-            self._pending,
-            self._ledger,
-            Signals(),
+            pending=self._pending,
+            ledger=self._ledger,
+            signals=Signals(),
             source=weakref.ref(self),
             stream_factory=stream_factory,
             on_eof=on_eof,

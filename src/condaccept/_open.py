@@ -109,17 +109,19 @@ def _bind_all(
             # Each family has its own socket: without this the second bind fails.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         apply_options(sock, options)
+        to = address
         if number is not None and address[1] == 0:
-            address = (address[0], number, *address[2:])
+            to = (address[0], number, *address[2:])
         try:
-            sock.bind(address)
+            sock.bind(to)
         except OSError as error:
-            if error.errno == errno.EADDRNOTAVAIL and family == socket.AF_INET6 and len(addresses) > 1:
+            skip = family == socket.AF_INET6 and len(addresses) > 1
+            if skip and error.errno == errno.EADDRNOTAVAIL:
                 # "localhost" names ::1 on machines whose loopback has no IPv6 address.
                 sockets.pop().close()
                 unsupported = error
                 continue
-            raise OSError(error.errno, f"cannot bind {address!r}: {error.strerror}") from error
+            raise OSError(error.errno, f"cannot bind {to!r}: {error.strerror}") from error
         if number is None:
             number = sock.getsockname()[1]
     if not sockets:

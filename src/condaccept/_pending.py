@@ -11,15 +11,12 @@ import heapq
 import ipaddress
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 import attrs
 
 from condaccept._verdict import AnyVerdict
 from condaccept.exceptions import CalleeDataError
-
-if TYPE_CHECKING:
-    from condaccept._verdict import Defer
 
 __all__ = (
     "PEEK_LIMIT",
@@ -80,7 +77,9 @@ _ENDS = _LOSSES | {Status.ACCEPTED, Status.REJECTED, Status.FAILED, Status.CLOSE
 _DECIDED = {Status.ADMITTED, Status.ACCEPTED, Status.REJECTED, Status.FAILED}
 
 TRANSITIONS: Final[dict[Status, frozenset[Status]]] = {
-    Status.QUEUED: frozenset({Status.DECIDING, Status.DEFERRED, *_LOSSES, *_DECIDED, Status.CLOSED}),
+    Status.QUEUED: frozenset(
+        {Status.DECIDING, Status.DEFERRED, *_LOSSES, *_DECIDED, Status.CLOSED}
+    ),
     # Back to QUEUED or DEFERRED without a verdict: the decision was cancelled or invalid.
     Status.DECIDING: frozenset(
         {Status.QUEUED, Status.DEFERRED, *_LOSSES, *_DECIDED, Status.CLOSED}
@@ -138,7 +137,7 @@ class Arrival(Protocol):
     def consume(self, n: int) -> bytes:
         """Read up to *n* waiting bytes."""
 
-    def extra(self, name: str, default: Any) -> Any:
+    def extra_info(self, name: str, default: Any) -> Any:
         """Look *name* up as ``transport.get_extra_info()`` does."""
 
 
@@ -268,7 +267,9 @@ class PendingTransport:
         if not isinstance(caller, tuple):
             return None
         ip = ipaddress.ip_address(caller[0])
-        return (ip.version == 6 and ip.ipv4_mapped) or ip
+        if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
+            return ip.ipv4_mapped
+        return ip
 
     @property
     def credentials(self) -> Credentials | None:
@@ -366,7 +367,7 @@ class PendingTransport:
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         """Return what asyncio's transports do under *name*: peername, sockname, socket."""
-        return self._arrival.extra(name, default)
+        return self._arrival.extra_info(name, default)
 
     def _move(self, status: Status) -> None:
         """Make one transition of the table, or raise and change nothing."""
@@ -399,7 +400,9 @@ class PendingDeque:
     Goals: the oldest in O(1), removal from anywhere in O(1), the next deadline in O(1).
     """
 
-    def __init__(self, max_pending: int | None, max_deciding: int, defer_timeout: float | None) -> None:
+    def __init__(
+        self, max_pending: int | None, max_deciding: int, defer_timeout: float | None
+    ) -> None:
         self.max_pending = max_pending
         self.max_deciding = max_deciding
         self.defer_timeout = defer_timeout

@@ -9,7 +9,6 @@ import errno
 import select
 import socket
 import struct
-from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from condaccept._pending import Credentials, Peer
@@ -25,6 +24,8 @@ from condaccept.exceptions import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
     from condaccept._pending import Address, Release
 
 __all__ = (
@@ -71,7 +72,9 @@ _NETWORK_ERRORS: Final = frozenset(
 )
 
 _LEAVES: Final[dict[int, tuple[type[AcceptError], str]]] = {
-    **{code: (NetworkDownError, "a network error came with the connection") for code in _NETWORK_ERRORS},
+    **dict.fromkeys(
+        _NETWORK_ERRORS, (NetworkDownError, "a network error came with the connection")
+    ),
     # Linux gives such a connection out, readable as reset; BSD and macOS say it here.
     errno.ECONNABORTED: (PendingResetError, "the peer reset the connection before it was taken"),
     errno.EMFILE: (
@@ -270,7 +273,7 @@ def check_options(options: Any) -> tuple[Option, ...]:
     """Return *options* as a tuple, or say what is wrong with them."""
     checked = []
     for option in options:
-        if not isinstance(option, tuple) or len(option) != 3:  # noqa: PLR2004 - see below
+        if not isinstance(option, tuple) or len(option) != len(("level", "name", "value")):
             message = f"a socket option is a tuple (level, name, value), got {option!r}"
             raise TypeError(message)
         level, name, value = option

@@ -13,7 +13,6 @@ import inspect
 import os
 import socket
 from asyncio.trsock import TransportSocket
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from condaccept._events import Event, EventCallback, Signals, Subscription
@@ -21,6 +20,8 @@ from condaccept._sockets import reset
 from condaccept._watch import HANGUP, READ, WRITE
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from condaccept._pending import Address
     from condaccept._sockets import OwnedSocket
     from condaccept._watch import Watch
@@ -155,28 +156,33 @@ class Stream:
                 raise await self._refusal()
             if self._eof or n == 0:
                 return b""
-            if not self._dry:
-                try:
-                    data = self._sock.recv(n, socket.MSG_DONTWAIT)
-                except BlockingIOError:
-                    if not self._registered:
-                        # No edge is told of what came before, so once more.
-                        self._register()
-                        continue
-                    self._dry = True
-                    self._watch.dry(self._sock.fileno())
-                except OSError as error:
-                    self._break(error)
-                    continue
-                else:
-                    if not data and self._peer_error is not None:
-                        self._break(self._peer_error)
-                        continue
-                    # All there was has come; but a FIN that came with it gives no edge.
-                    self._dry = self._registered and 0 < len(data) < n and not self._end
-                    self._after_read(data)
-                    return data
-            await self._readable()
+            if not self._dry and (data := self._receive(n)) is not None:
+                return data
+            if self._dry:
+                await self._readable()
+
+    def _receive(self, n: int) -> bytes | None:
+        """Read what is there; ``None``: nothing is, or it takes another look."""
+        try:
+            data = self._sock.recv(n, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            if self._registered:
+                self._dry = True
+                self._watch.dry(self._sock.fileno())
+            else:
+                # No edge is told of what came before it, so once more.
+                self._register()
+            return None
+        except OSError as error:
+            self._break(error)
+            return None
+        if not data and self._peer_error is not None:
+            self._break(self._peer_error)
+            return None
+        # All there was has been read; but a FIN that came with it gives no further edge.
+        self._dry = self._registered and 0 < len(data) < n and not self._end
+        self._after_read(data)
+        return data
 
     async def _readable(self) -> None:
         self._reader = self._loop.create_future()
@@ -329,7 +335,7 @@ class Stream:
         if name == "peername":
             return self.caller_id
         if name == "socket":
-            return TransportSocket(self._sock)
+            return TransportSocket(self._sock)  # type: ignore[arg-type]
         if name == "sockname" and self._sock.fileno() >= 0:
             return self._sock.getsockname()
         return default
@@ -375,9 +381,11 @@ class Stream:
         if self._reading:
             return False
         try:
-            return self._eof or self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) is not None
+            # The end of the stream counts too.
+            self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except OSError:
             return False
+        return True
 
     def _signal(self, signals: Signals, events: int) -> None:
         if events & (READ | HANGUP) and not self._reading:
@@ -385,7 +393,8 @@ class Stream:
         if events & _ERROR and self._peer_error is None:
             # Taking SO_ERROR clears it: a later read is told by what is kept here.
             code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            self._peer_error = OSError(code or errno.ECONNRESET, os.strerror(code or errno.ECONNRESET))
+            code = code or errno.ECONNRESET
+            self._peer_error = OSError(code, os.strerror(code))
             self._tell_end(self._peer_error)
         elif events & HANGUP and signals.wanted(Event.CLOSE) and not self._unread():
             self._tell_end(None)
@@ -543,9 +552,7 @@ def check_callback(callback: EventCallback) -> None:
         raise TypeError(message)
 
 
-def deliver(
-    subscription: Subscription, source: Any, event: Event, error: OSError | None
-) -> None:
+def deliver(subscription: Subscription, source: Any, event: Event, error: OSError | None) -> None:
     """Call a subscription's callback, unless it was cancelled meanwhile."""
     if not subscription.cancelled:
         subscription.callback(source, event, error)

@@ -3,25 +3,25 @@
 Every leaf is an `AcceptError`, which is an `OSError`, and also the built-in that
 people would catch for the same trouble elsewhere::
 
-    AcceptError (OSError)                 seed                  errno
-    |-- ConnectionRejectedError           WSAECONNREFUSED       ECONNREFUSED   ConnectionRefusedError
-    |-- ConnectionDeferredError           WSATRY_AGAIN          EAGAIN         BlockingIOError
-    |-- PendingResetError                 WSAECONNRESET         ECONNRESET     ConnectionResetError
-    |-- PendingExpiredError               WSAEACCES             EACCES         PermissionError
-    |-- NoPendingError                    WSAEWOULDBLOCK        EWOULDBLOCK    BlockingIOError
-    |-- AcceptInterruptedError            WSAEINTR              EINTR          InterruptedError
-    |-- AcceptInProgressError             WSAEINPROGRESS        EINPROGRESS    RuntimeError
-    |-- ListenerClosedError               WSAEINVAL             EINVAL         ValueError
-    |-- NotListeningError                 WSAEINVAL             EINVAL         ValueError
-    |-- InvalidVerdictError               WSAEINVAL             EINVAL         ValueError
-    |-- InvalidGroupError                 WSAEINVAL             EINVAL         ValueError
-    |-- ConditionNotCallableError         WSAEFAULT             EFAULT         TypeError
-    |-- CalleeDataError                   WSAEFAULT             EFAULT         ValueError
-    |-- DescriptorsExhaustedError         WSAEMFILE             EMFILE
-    |-- BuffersExhaustedError             WSAENOBUFS            ENOBUFS
-    |-- NetworkDownError                  WSAENETDOWN           ENETDOWN
-    |-- NotASocketError                   WSAENOTSOCK           ENOTSOCK
-    `-- NotStreamSocketError              WSAEOPNOTSUPP         EOPNOTSUPP
+    AcceptError (OSError)           seed               errno         also a
+    |-- ConnectionRejectedError     WSAECONNREFUSED    ECONNREFUSED  ConnectionRefusedError
+    |-- ConnectionDeferredError     WSATRY_AGAIN       EAGAIN        BlockingIOError
+    |-- PendingResetError           WSAECONNRESET      ECONNRESET    ConnectionResetError
+    |-- PendingExpiredError         WSAEACCES          EACCES        PermissionError
+    |-- NoPendingError              WSAEWOULDBLOCK     EWOULDBLOCK   BlockingIOError
+    |-- AcceptInterruptedError      WSAEINTR           EINTR         InterruptedError
+    |-- AcceptInProgressError       WSAEINPROGRESS     EINPROGRESS   RuntimeError
+    |-- ListenerClosedError         WSAEINVAL          EINVAL        ValueError
+    |-- NotListeningError           WSAEINVAL          EINVAL        ValueError
+    |-- InvalidVerdictError         WSAEINVAL          EINVAL        ValueError
+    |-- InvalidGroupError           WSAEINVAL          EINVAL        ValueError
+    |-- ConditionNotCallableError   WSAEFAULT          EFAULT        TypeError
+    |-- CalleeDataError             WSAEFAULT          EFAULT        ValueError
+    |-- DescriptorsExhaustedError   WSAEMFILE          EMFILE
+    |-- BuffersExhaustedError       WSAENOBUFS         ENOBUFS
+    |-- NetworkDownError            WSAENETDOWN        ENETDOWN
+    |-- NotASocketError             WSAENOTSOCK        ENOTSOCK
+    `-- NotStreamSocketError        WSAEOPNOTSUPP      EOPNOTSUPP
 
 The first four are about one connection and carry its address. The two exhaustions and
 `NetworkDownError` pass: back off and call again. The others are about the call or the

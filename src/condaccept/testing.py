@@ -6,23 +6,24 @@ admissions take as long as a test wants, and a listening socket that fails by sc
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from condaccept._listener import Listener
 from condaccept._pending import Address, Credentials, Peer, PendingTransport
-from condaccept._stream import Stream
 from condaccept.gates._connection import CALLEE_DATA_CAPACITY, Connection
 from condaccept.gates._farewell import Farewells
 
 if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Iterable
+
     from condaccept._sockets import OwnedSocket
+    from condaccept._stream import Stream
     from condaccept._watch import Watch
 
 __all__ = ("MemoryGate", "ScriptedSocket", "memory_listener", "pending_transport")
@@ -58,7 +59,7 @@ class _FakeArrival:
         taken, self.data = self.data[:n], self.data[n:]
         return taken
 
-    def extra(self, name: str, default: Any) -> Any:
+    def extra_info(self, name: str, default: Any) -> Any:
         known = {"peername": self.caller_id, "sockname": self.callee, **self.info}
         return known.get(name, default)
 

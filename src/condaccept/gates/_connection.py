@@ -65,7 +65,7 @@ class Connection:
     def consume(self, n: int) -> bytes:
         return self.sock.recv(n, socket.MSG_DONTWAIT)
 
-    def extra(self, name: str, default: Any) -> Any:
+    def extra_info(self, name: str, default: Any) -> Any:
         if name == "peername":
             return self.caller_id
         if name == "sockname":

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import asyncio
     import socket
+    from collections.abc import Callable, Sequence
 
     from condaccept._pending import Arrival
     from condaccept._sockets import OwnedSocket
@@ -67,4 +67,3 @@ class Gate(Protocol, Generic[A]):
 
     def close(self) -> None:
         """Take no more, and end what goes on in the background."""
-

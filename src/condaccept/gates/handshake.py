@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import errno
 import select
-import socket
 from collections import deque
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from condaccept._sockets import OwnedSocket, backlog, classify, raw_accept
@@ -20,6 +18,8 @@ from condaccept.gates._farewell import Farewells
 
 if TYPE_CHECKING:
     import asyncio
+    import socket
+    from collections.abc import Callable, Sequence
 
     from condaccept._pending import Address
     from condaccept._watch import Watch
