@@ -8,6 +8,7 @@ import socket
 import warnings
 import weakref
 from asyncio.trsock import TransportSocket
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, overload
 
 from condaccept._accepting import Accepting, OnEof
@@ -71,9 +72,15 @@ class Listener(Generic[T]):
             raise TypeError(message)
         loop = self._loop = asyncio.get_running_loop()
         self._watch = watch(loop)
-        self._gate = gate(loop, self._watch)
+        try:
+            self._gate = gate(loop, self._watch)
+        except BaseException:
+            self._watch.release()
+            raise
+        sockets = self._gate.sockets
+        self._sockname: Address = sockets[0].getsockname() if sockets else None
         self._pending = PendingDeque(max_pending, max_deciding, defer_timeout)
-        self._ledger = Ledger(loop.call_soon, self._report)
+        self._ledger = Ledger(loop.call_soon, partial(_report, loop))
         self._file: tuple[str | bytes, tuple[int, int]] | None = None
         self._accepting: Accepting[T] = Accepting(
             loop,
@@ -290,9 +297,7 @@ class Listener(Generic[T]):
 
         ``(host, port)`` for IPv4, four items for IPv6, a path for Unix.
         """
-        if self._accepting.closed or not self._gate.sockets:
-            return None
-        return self._gate.sockets[0].getsockname()
+        return None if self._accepting.closed else self._sockname
 
     @property
     def pending(self) -> tuple[PendingTransport, ...]:
@@ -367,14 +372,14 @@ class Listener(Generic[T]):
         accepting = getattr(self, "_accepting", None)
         if accepting is not None and not accepting.closed:
             warnings.warn(f"unclosed listener {self!r}", ResourceWarning, source=self, stacklevel=2)
+            if not self._loop.is_closed():
+                # The collector may run in any thread; closing belongs to the loop's.
+                self._loop.call_soon_threadsafe(self.close)
 
     def _check_open(self) -> None:
         if self._accepting.closed:
             reason = "the listener is closed"
             raise ListenerClosedError(reason)
-
-    def _report(self, message: str, error: BaseException) -> None:
-        self._loop.call_exception_handler({"message": message, "exception": error})
 
 
 @overload
@@ -534,6 +539,10 @@ async def listen(
     if path is not None and inode is not None:
         listener._file = os.fspath(path), inode
     return listener
+
+
+def _report(loop: asyncio.AbstractEventLoop, message: str, error: BaseException) -> None:
+    loop.call_exception_handler({"message": message, "exception": error})
 
 
 def _check_unix(
