@@ -73,12 +73,16 @@ def wire(client: socket.socket) -> str | bytes:
     Never waits. Loopback delivers while the other side's call is still running, so after
     that call what it sent has come.
     """
+    timeout = client.gettimeout()
+    client.settimeout(0)  # with another, recv() waits whatever its flags say
     try:
-        return client.recv(65536, socket.MSG_DONTWAIT) or "eof"
+        return client.recv(65536) or "eof"
     except BlockingIOError:
         return "open"
     except ConnectionResetError:
         return "reset"
+    finally:
+        client.settimeout(timeout)
 
 
 async def wire_end(client: socket.socket) -> str | bytes:
@@ -107,3 +111,20 @@ def descriptors() -> int:
 def inode(path: str | bytes) -> int:
     """Return the inode of a file."""
     return os.stat(path).st_ino
+
+
+async def caught_up() -> None:
+    """Return when the loop has acted on everything the kernel had to tell by now.
+
+    For what must *not* happen: an event that had to come would have come before this.
+    """
+    ours, theirs = socket.socketpair()
+    loop = asyncio.get_running_loop()
+    told = asyncio.Event()
+    with ours, theirs:
+        loop.add_reader(ours, told.set)
+        theirs.send(b"x")
+        await told.wait()
+        loop.remove_reader(ours)
+    # What others were told in the same turn has been scheduled, and runs in this one.
+    await asyncio.sleep(0)

@@ -13,7 +13,7 @@ import time
 import weakref
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar, cast
 
 from condaccept._events import Event
 from condaccept._pending import Condition, Peer, PendingDeque, PendingTransport, Status
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from condaccept._events import EventCallback, Signals, Subscription
     from condaccept._ledger import Ledger
-    from condaccept._pending import Release
+    from condaccept._pending import Arrival, Release
     from condaccept._sockets import Option
     from condaccept._watch import Watch
     from condaccept.gates._gate import Gate
@@ -69,6 +69,12 @@ _KEPT: Final = frozenset({Status.DEFERRED, Status.ADMITTED, *_LOSSES})
 """What a connection that was never on the deque is put there for."""
 _TO_COME: Final = object()
 """In the place of a stream: the gate has still to produce it."""
+
+
+class _Nobody:
+    """In the place of an arrival that accept(2) did not give out."""
+
+    caller_id = None
 
 
 class Accepting(Generic[T]):
@@ -114,6 +120,7 @@ class Accepting(Generic[T]):
     async def accept(self, condition: Condition | None, callback_data: object) -> T:
         """See `Listener.accept()`."""
         turned = False  # whether this call has yielded to the loop
+        pending = None
         try:
             self._check(condition)
             if self._streak >= IN_A_ROW:
@@ -133,19 +140,20 @@ class Accepting(Generic[T]):
                 stream = self._conclude(pending, verdict)
                 if stream is _TO_COME:
                     stream = await self._completed(pending)
-        except Exception as error:
-            self._looked(error)
-            if not turned and not isinstance(error, ConditionNotCallableError):
+        except BaseException as error:
+            self._looked(pending, error)
+            if not turned and isinstance(error, Exception) and not _is_bad(condition):
                 await self._turn()
             raise
         self._streak += 1
-        self._looked(None)
+        self._looked(pending)
         result: T = stream
         return result
 
     def accept_nowait(self, condition: Condition | None, callback_data: object) -> T:
         """See `Listener.accept_nowait()`."""
         self._check(condition)
+        pending = None
         try:
             pending = self._head()
             if pending is None:
@@ -165,10 +173,10 @@ class Accepting(Generic[T]):
                 if stream is _TO_COME:
                     reason = "accepted, but the connection is not complete yet"
                     raise NoPendingError(reason, pending.caller_id)
-        except Exception as error:
-            self._looked(error)
+        except BaseException as error:
+            self._looked(pending, error)
             raise
-        self._looked(None)
+        self._looked(pending)
         result: T = stream
         return result
 
@@ -225,6 +233,9 @@ class Accepting(Generic[T]):
 
     async def wait_closed(self) -> None:
         """See `Listener.wait_closed()`."""
+        if self._streak >= IN_A_ROW:
+            await self._turn()
+        self._streak += 1
         while not self.closed or any(
             task is not _current_task() for task in self._deciders.values()
         ):
@@ -255,7 +266,7 @@ class Accepting(Generic[T]):
         ):
             reason = "a condition cannot accept from the listener that asks it"
             raise AcceptInProgressError(reason)
-        if condition is not None and not callable(condition):
+        if _is_bad(condition):
             reason = f"the condition cannot be called: {condition!r}"
             raise ConditionNotCallableError(reason)
 
@@ -275,8 +286,11 @@ class Accepting(Generic[T]):
         try:
             taken = self._gate.take(1)
         except PendingResetError as error:
-            self._ledger.unseen(Status.RESET, error.caller_id, error.reason)
-            raise
+            # Told of by accept(2), which gave no connection: a loss like any other.
+            self._ledger.taken += 1
+            pending = PendingTransport(cast("Arrival", _Nobody()), time.monotonic)
+            self._book(pending, Status.RESET, error.reason)
+            return pending
         except AcceptError:
             # Whoever else waits is told as well: nothing will wake them once it is over.
             self._wake_one()
@@ -367,6 +381,14 @@ class Accepting(Generic[T]):
                 task.uncancel()
             raise _closed()
         if not self._look(pending):
+            # This call tells of the loss, unless it is cancelled before it has yielded.
+            pending._taker = _TO_COME
+            try:
+                await self._turn()
+            except BaseException:
+                pending._taker = None
+                self._became_due()
+                raise
             raise self._report(pending)
         return verdict
 
@@ -607,11 +629,11 @@ class Accepting(Generic[T]):
         try:
             interrupted = await waiter
         except asyncio.CancelledError:
-            if waiter.cancelled():
-                waiters.remove(waiter)
-            else:
+            if not waiter.cancelled():
                 # Woken, and cancelled before it could look: somebody else has to.
                 self._pass_on()
+            elif waiter in waiters:  # and not dropped since by whoever came to wake it
+                waiters.remove(waiter)
             raise
         if interrupted:
             reason = "cancel_accept() ended the wait"
@@ -643,14 +665,21 @@ class Accepting(Generic[T]):
                 waiter.set_result(False)
                 return
 
-    def _looked(self, error: BaseException | None) -> None:
-        """Note the end of a call that looked at the deque."""
+    def _looked(self, pending: PendingTransport | None, error: BaseException | None = None) -> None:
+        """Note the end of a call that looked at the deque, and at *pending* there."""
         if self._waiters:
             self._pass_on()
-        if self._signals.subscriptions and not isinstance(error, ConnectionDeferredError):
-            self._signals.arm(Event.PENDING)
-            if self._signals.wanted(Event.PENDING) and not self.closed and self._due():
-                self._fire_pending()
+        if not self._signals.subscriptions:
+            return
+        if (
+            pending is not None
+            and pending._status is Status.DEFERRED
+            and isinstance(error, ConnectionDeferredError)
+        ):
+            return  # a deferral; not a condition that raised the same
+        self._signals.arm(Event.PENDING)
+        if self._signals.wanted(Event.PENDING) and not self.closed and self._due():
+            self._fire_pending()
 
     def _fire_pending(self) -> None:
         for subscription in self._signals.fire(Event.PENDING):
@@ -684,6 +713,10 @@ def _current_task() -> asyncio.Task[Any] | None:
         return asyncio.current_task()
     except RuntimeError:  # no loop is running: close() from outside
         return None
+
+
+def _is_bad(condition: object) -> bool:
+    return condition is not None and not callable(condition)
 
 
 def _closed() -> ListenerClosedError:

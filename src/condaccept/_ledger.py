@@ -12,7 +12,7 @@ from condaccept._pending import Status
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from condaccept._pending import Address, PendingTransport, Release
+    from condaccept._pending import PendingTransport, Release
 
 __all__ = ("Ledger", "Statistics")
 
@@ -114,12 +114,6 @@ class Ledger:
             outcome = Outcome(status, pending.caller_id, reason, pending.age, pending.deferrals)
             self._tell(outcome, [*(settled or ()), *self._callbacks])
 
-    def unseen(self, status: Status, caller_id: Address, reason: str) -> None:
-        """Book the end of a connection that accept(2) only told the end of."""
-        self.taken += 1
-        self.counts[status] += 1
-        self._tell(Outcome(status, caller_id, reason, 0.0, 0), self._callbacks)
-
     def end_offer(self, pending: PendingTransport) -> None:
         """Release what the offer that has just ended without a decision held."""
         pending._offered = False
@@ -128,11 +122,16 @@ class Ledger:
 
     def release(self, holds: Iterable[Release]) -> None:
         """Call each release, whatever the one before did."""
+        fatal: BaseException | None = None
         for release in holds:
             try:
                 release()
-            except Exception as error:  # noqa: BLE001 - the others have to be released too
+            except (KeyboardInterrupt, SystemExit) as error:
+                fatal = fatal or error
+            except BaseException as error:  # noqa: BLE001 - the others have to be released too
                 self._report(f"a release held for a connection raised: {release!r}", error)
+        if fatal is not None:
+            raise fatal
 
     def _tell(self, outcome: Outcome, callbacks: Iterable[Callable[[Any], object]]) -> None:
         for callback in callbacks:

@@ -117,9 +117,10 @@ class Listener(Generic[T]):
             NotASocketError: *sock* is closed.
             NotStreamSocketError: *sock* is not of type SOCK_STREAM.
             NotListeningError: listen(2) was not called on it.
+            OSError: The kernel refused one of *options*, which the message names.
             TypeError, ValueError: An argument is not what it should be.
 
-            After an error *sock* is as it was, and the caller's.
+            After an error *sock* is still open, and the caller's.
         """
         if not isinstance(sock, socket.socket):
             message = f"from_socket() takes a socket.socket, got {sock!r}"
@@ -263,8 +264,7 @@ class Listener(Generic[T]):
         """
         self._check_open()
         options = check_options([(level, name, value)])
-        for sock in self._gate.sockets:
-            apply_options(sock, options)
+        self._gate.setsockopt(options[0])
         kept = [each for each in self._accepting.options if each[:2] != (level, name)]
         self._accepting.options[:] = [*kept, *options]
 
@@ -278,11 +278,7 @@ class Listener(Generic[T]):
         Source: WSPGetSockOpt.
         """
         self._check_open()
-        if not self._gate.sockets:
-            reason = "this listener has no listening socket"
-            raise ListenerClosedError(reason)
-        sock = self._gate.sockets[0]
-        return sock.getsockopt(level, name, buflen) if buflen else sock.getsockopt(level, name)
+        return self._gate.getsockopt(level, name, buflen)
 
     @property
     def sockets(self) -> tuple[TransportSocket, ...]:
@@ -522,7 +518,9 @@ async def listen(
         )
     try:
         listener: Listener[Any] = Listener(
-            lambda loop, watch: HandshakeGate(loop, watch, sockets, reject_timeout=reject_timeout),
+            lambda loop, watch: HandshakeGate(
+                loop, watch, sockets, reject_timeout=reject_timeout, unshared=True
+            ),
             stream_factory=stream_factory,
             max_pending=max_pending,
             on_full=on_full,

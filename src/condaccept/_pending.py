@@ -165,10 +165,11 @@ class CalleeData:
         Raises:
             CalleeDataError: *data* is longer than `capacity`; nothing was replaced.
         """
+        data = bytes(data)
         if len(data) > self.capacity:
             reason = f"callee data of {len(data)} bytes is over the capacity of {self.capacity}"
             raise CalleeDataError(reason)
-        self._data = bytes(data)
+        self._data = data
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append *data*.
@@ -218,6 +219,7 @@ class PendingTransport:
         "_status",
         "_taken",
         "_taker",
+        "_timed",
         "callback_data",
         "deferrals",
         "group",
@@ -233,6 +235,7 @@ class PendingTransport:
         self._kept = False  # on the deque
         self._reason = ""
         self._deadline: float | None = None
+        self._timed = False  # among the deadlines that the deque watches
         self._callee_data: CalleeData | None = None
         self._holds: list[Release] | None = None
         self._settled: list[Callable[[Any], object]] | None = None
@@ -452,7 +455,8 @@ class PendingDeque:
 
     def enter(self, pending: PendingTransport, status: Status, now: float) -> None:
         """Put a connection that was just taken at the end of the deque."""
-        pending._move(status)
+        if status is not pending._status or status is not Status.QUEUED:
+            pending._move(status)
         pending._kept = True
         self._order[pending] = None
         self._count(pending, status, now)
@@ -487,6 +491,7 @@ class PendingDeque:
         over = []
         while self._deadlines and self._deadlines[0][0] <= now:
             pending = heapq.heappop(self._deadlines)[2]
+            pending._timed = False
             if pending._status is Status.DEFERRED:
                 over.append(pending)
         return over
@@ -514,8 +519,9 @@ class PendingDeque:
             return
         if pending._deadline is None:
             pending._deadline = now + self.defer_timeout
-        elif pending._deadline > now:
-            return  # counted from the first deferral, and still in the heap
+        if pending._timed:
+            return
+        pending._timed = True
         if len(self._deadlines) > 2 * len(self._order) + 64:
             self._deadlines = [e for e in self._deadlines if e[2]._status not in _ENDS]
             heapq.heapify(self._deadlines)

@@ -35,12 +35,15 @@ __all__ = (
     "apply_options",
     "backlog",
     "check_listening",
+    "check_options",
     "classify",
     "credentials",
-    "is_tcp",
+    "inherit_options",
+    "inherit_reset",
     "peer",
     "raw_accept",
     "reset",
+    "set_linger",
 )
 
 RawSocket: TypeAlias = socket.SocketType
@@ -49,7 +52,7 @@ RawSocket: TypeAlias = socket.SocketType
 Option: TypeAlias = tuple[int, int, int | bytes]
 """A socket option: ``(level, name, value)`` as for setsockopt(2)."""
 
-_LINGER_RESET: Final = struct.pack("ii", 1, 0)
+LINGER_RESET: Final = struct.pack("ii", 1, 0)
 _TCP_CLOSE: Final = 7
 _TCP_CLOSE_WAIT: Final = 8
 _TCP_INFO: Final[int | None] = getattr(socket, "TCP_INFO", None)
@@ -132,20 +135,14 @@ class OwnedSocket(RawSocket):
 
     def __del__(self) -> None:
         # Who just drops it: the C finalizer warns of the open descriptor and closes it.
-        if self.fileno() >= 0:
-            super().__del__()  # type: ignore[misc]
-            self._over()
+        super().__del__()  # type: ignore[misc]
+        self._over()
 
     def _over(self) -> None:
         release: Release | None = getattr(self, "_release", None)
         if release is not None:
             self._release = None
             release()
-
-
-def is_tcp(sock: RawSocket) -> bool:
-    """Whether *sock* is of an internet family."""
-    return sock.family in (socket.AF_INET, socket.AF_INET6)
 
 
 def raw_accept(sock: socket.socket) -> Callable[[], tuple[int, Address]]:
@@ -213,12 +210,29 @@ def reset(sock: RawSocket) -> None:
     something nobody read, ECONNRESET.
     """
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
     except OSError:
         # Not on Linux, where even a socket that was reset takes it; elsewhere the close
         # that follows is all that is left to do.
         pass
     sock.close()
+
+
+def set_linger(sock: RawSocket, linger: bytes) -> None:
+    """Set SO_LINGER to the two integers of struct linger."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+
+def inherit_reset(sock: socket.socket) -> bytes:
+    """Have connections accepted from *sock* reset when closed; return the linger of before.
+
+    Linux copies SO_LINGER when the handshake completes. That saves a system call for each
+    rejection, and it destroys unsent data on every connection whose linger nobody puts
+    right again: whoever else accepts from this socket has to be kept from it.
+    """
+    asked = sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, len(LINGER_RESET))
+    set_linger(sock, LINGER_RESET)
+    return asked
 
 
 def credentials(sock: RawSocket) -> Credentials | None:
@@ -236,7 +250,7 @@ def backlog(sock: socket.socket) -> tuple[int, int] | None:
 
     Source: tcp(7), TCP_INFO; for a listening socket tcpi_unacked and tcpi_sacked.
     """
-    if _TCP_INFO is None or not is_tcp(sock):
+    if _TCP_INFO is None or sock.family == socket.AF_UNIX:
         return None
     info = sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 32)
     depth, limit = struct.unpack_from("II", info, 24)

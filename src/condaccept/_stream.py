@@ -134,6 +134,7 @@ class Stream:
             the bytes read so far are lost.
         """
         if self._reading:
+            await self._turn()
             message = "read() was called while another task is reading this stream"
             raise RuntimeError(message)
         self._reading = True
@@ -144,6 +145,10 @@ class Stream:
             while chunk := await self._read(CHUNK):
                 chunks.append(chunk)
             return b"".join(chunks)
+        except BaseException:
+            # Whatever woke this call was meant for a reader that is no more.
+            self._look_again()
+            raise
         finally:
             self._reading = False
 
@@ -197,12 +202,15 @@ class Stream:
         if self._dry:
             self._watch.dry(self._sock.fileno())
         if self._eof:
-            self._tell_end(None)
+            self._tell_end()
         elif self._signals is not None:
             self._signals.arm(Event.READ)
-            if self._registered:
-                # Told again if there is more.
-                self._watch.modify(self._sock.fileno(), self._interest())
+            self._look_again()
+
+    def _look_again(self) -> None:
+        """Have the watch tell once more what there is, for those who subscribed."""
+        if self._signals is not None and self._registered:
+            self._watch.modify(self._sock.fileno(), self._interest())
 
     # -- writing
 
@@ -221,8 +229,8 @@ class Stream:
         if self._write_eof:
             message = "write() was called after write_eof()"
             raise RuntimeError(message)
-        if isinstance(data, memoryview):
-            data = data.cast("B")
+        if not isinstance(data, bytes):
+            data = memoryview(data).cast("B")  # count bytes, whatever the items are
         sent = 0
         if not self._buffer:
             try:
@@ -264,7 +272,11 @@ class Stream:
         Cancellation:
             Safe: *data* is sent once and whole.
         """
-        self.write(data)
+        try:
+            self.write(data)
+        except (OSError, RuntimeError):
+            await self._turn()
+            raise
         await self.drain()
 
     def write_eof(self) -> None:
@@ -293,7 +305,8 @@ class Stream:
         if self._closing:
             return
         self._closing = True
-        self._wake_reader()
+        if self._reader is not None:
+            self._wake_reader()
         if not self._buffer or self._broken is not None:
             self._finish()
 
@@ -303,6 +316,9 @@ class Stream:
         Raises:
             OSError: Not all that was written could be sent.
         """
+        if self._streak >= IN_A_ROW:
+            await self._turn()
+        self._streak += 1
         while self._sock.fileno() >= 0:
             await self._wait()
         if self._broken is not None:
@@ -315,7 +331,8 @@ class Stream:
         self._wake_reader()
         self._buffer.clear()
         if self._sock.fileno() >= 0:
-            self._unregister()
+            if self._registered:
+                self._unregister()
             reset(self._sock)
             self._wake_waiters()
 
@@ -359,56 +376,73 @@ class Stream:
         for event in told:
             # Told to the others before; to this one if it is still so.
             if subscription.wants(event) and self._is_so(event):
-                self._deliver(subscription, event, self._broken)
+                error = self._failure() if event is Event.CLOSE else None
+                self._deliver(subscription, event, error)
         return subscription
 
     # -- events
 
     def _subscribe(self, signals: Signals) -> None:
+        """Tell new subscribers what is so, and have them told of what comes."""
+        if self._ended:
+            self._fire(signals, Event.CLOSE, self._failure())
         if signals.wanted(Event.WRITE) and not self._buffer and not self._write_eof:
             self._fire(signals, Event.WRITE)
         if signals.wanted(Event.READ) or signals.wanted(Event.CLOSE):
             if self._registered:
-                self._watch.modify(self._sock.fileno(), self._interest())
+                self._look_again()
             else:
                 self._register()
 
     def _is_so(self, event: Event) -> bool:
+        """Whether what *event* tells still holds."""
         if event is Event.CLOSE:
             return self._ended
         if event is Event.WRITE:
             return not self._buffer and not self._write_eof
-        if self._reading:
+        if self._reading or self._eof:
             return False
         try:
-            # The end of the stream counts too.
-            self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            # The end of the stream counts, while nobody has read it.
+            self._peek()
         except OSError:
             return False
         return True
 
     def _signal(self, signals: Signals, events: int) -> None:
-        if events & (READ | HANGUP) and not self._reading:
+        """Tell what an edge of the watch means to the subscribers."""
+        if events & (READ | HANGUP) and not self._reading and not self._eof:
             self._fire(signals, Event.READ)
         if events & _ERROR and self._peer_error is None:
             # Taking SO_ERROR clears it: a later read is told by what is kept here.
             code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             code = code or errno.ECONNRESET
             self._peer_error = OSError(code, os.strerror(code))
-            self._tell_end(self._peer_error)
-        elif events & HANGUP and signals.wanted(Event.CLOSE) and not self._unread():
-            self._tell_end(None)
+            self._tell_end()
+        elif (events & HANGUP or not self._watch.tells_hangup) and signals.wanted(Event.CLOSE):
+            self._look_for_end()
 
-    def _unread(self) -> bool:
+    def _look_for_end(self) -> None:
         try:
-            return bool(self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-        except OSError:
-            return False
+            if not self._peek():
+                self._tell_end()
+        except BlockingIOError:
+            self._watch.dry(self._sock.fileno())
+        except OSError as error:
+            # The look has cleared it, as above.
+            self._peer_error = error
+            self._tell_end()
 
-    def _tell_end(self, error: OSError | None) -> None:
+    def _peek(self) -> bytes:
+        return self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+
+    def _failure(self) -> OSError | None:
+        return self._broken or self._peer_error
+
+    def _tell_end(self) -> None:
         self._ended = True
         if self._signals is not None:
-            self._fire(self._signals, Event.CLOSE, error)
+            self._fire(self._signals, Event.CLOSE, self._failure())
 
     def _fire(self, signals: Signals, event: Event, error: OSError | None = None) -> None:
         for subscription in signals.fire(event):
@@ -427,9 +461,8 @@ class Stream:
         self._registered = True
 
     def _unregister(self) -> None:
-        if self._registered:
-            self._registered = False
-            self._watch.unregister(self._sock.fileno())
+        self._registered = False
+        self._watch.unregister(self._sock.fileno())
 
     def _ready(self, events: int) -> None:
         """Act on an edge of the watch: a hint, nothing is decided by it."""
@@ -497,13 +530,15 @@ class Stream:
         self._wake_reader()
         self._wake_waiters()
         if not self._closing:
-            self._tell_end(error)
+            self._tell_end()
 
     def _finish(self) -> None:
         if self._sock.fileno() >= 0:
-            self._unregister()
+            if self._registered:
+                self._unregister()
             self._sock.close()
-            self._wake_waiters()
+            if self._waiters:
+                self._wake_waiters()
 
     def _why_not(self) -> OSError:
         broken = self._broken

@@ -6,6 +6,7 @@ admissions take as long as a test wants, and a listening socket that fails by sc
 
 from __future__ import annotations
 
+import errno
 import socket
 import time
 from collections import deque
@@ -15,21 +16,23 @@ import attrs
 
 from condaccept._listener import Listener
 from condaccept._pending import Address, Credentials, Peer, PendingTransport
-from condaccept.gates._connection import CALLEE_DATA_CAPACITY, Connection
+from condaccept.gates._connection import CALLEE_DATA_CAPACITY, Connection, Kind
 from condaccept.gates._farewell import Farewells
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Iterable
 
-    from condaccept._sockets import OwnedSocket
+    from condaccept._sockets import Option, OwnedSocket
     from condaccept._stream import Stream
     from condaccept._watch import Watch
 
 __all__ = ("MemoryGate", "ScriptedSocket", "memory_listener", "pending_transport")
 
-CALLER: Address = ("192.0.2.1", 50000)  # RFC 5737, TEST-NET-1
-CALLEE: Address = ("192.0.2.2", 7)
+_CALLER: Address = ("192.0.2.1", 50000)  # RFC 5737, TEST-NET-1
+_CALLEE: Address = ("192.0.2.2", 7)
+
+_PAIR = Kind(socket.AF_UNIX)
 
 
 @attrs.define
@@ -65,9 +68,9 @@ class _FakeArrival:
 
 
 def pending_transport(
-    caller_id: Address = CALLER,
+    caller_id: Address = _CALLER,
     *,
-    callee_id: Address = CALLEE,
+    callee_id: Address = _CALLEE,
     caller_data: bytes = b"",
     callback_data: object = None,
     callee_data_capacity: int = CALLEE_DATA_CAPACITY,
@@ -121,12 +124,12 @@ class MemoryGate:
         self.closed = False
         self.admitting: list[tuple[Connection, asyncio.Future[OwnedSocket]]] = []
 
-    def dial(self, caller_id: Address = CALLER) -> socket.socket:
+    def dial(self, caller_id: Address = _CALLER) -> socket.socket:
         """Connect, and return the caller's end: a blocking socket, which the test closes."""
         if self.closed:
             raise ConnectionRefusedError
         theirs, ours = socket.socketpair()
-        self._queue.append(Connection(ours.detach(), socket.AF_UNIX, caller_id, hangup=True))
+        self._queue.append(Connection(ours.detach(), _PAIR, caller_id, hangup=True))
         self._ready()
         return theirs
 
@@ -155,6 +158,14 @@ class MemoryGate:
     def cut_short(self) -> int:
         """How many refused connections could not be given the time to read why."""
         return self._farewells.cut_short
+
+    def setsockopt(self, option: Option) -> None:
+        """Refuse: there is no listening socket."""
+        raise OSError(errno.ENOTSOCK, f"there is no socket to set {option!r} on")
+
+    def getsockopt(self, level: int, name: int, buflen: int) -> int | bytes:
+        """Refuse: there is no listening socket."""
+        raise OSError(errno.ENOTSOCK, f"there is no socket to read {(level, name, buflen)!r} of")
 
     def start(self, ready: Callable[[], object]) -> None:
         """Begin; *ready* is called by `dial()`."""
@@ -191,21 +202,21 @@ class MemoryGate:
         """Refuse a connection."""
         self._unwatch(arrival)
         if data:
-            self._farewells.say(arrival.sock, data)
+            self._farewells.say(arrival.farewell(), data)
         else:
-            arrival.reset(lingers=False)
+            arrival.reset()
 
     def forget(self, arrival: Connection) -> None:
         """Drop a connection that found its end without a verdict."""
         self._unwatch(arrival)
-        arrival.reset(lingers=False)
+        arrival.reset()
 
     def close(self) -> None:
         """Take no more; whoever was not taken reads the end of the stream."""
         self.closed = True
         self._farewells.close()
         while self._queue:
-            self._queue.popleft().reset(lingers=False)
+            self._queue.popleft().reset()
         while self.admitting:
             connection, admission = self.admitting.pop()
             admission.cancel()

@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from asyncio.trsock import TransportSocket
 from typing import TYPE_CHECKING, Any, Final
 
-from condaccept._sockets import OwnedSocket, RawSocket, credentials, peer, reset
+from condaccept._sockets import OwnedSocket, RawSocket, credentials, peer, reset, set_linger
 
 if TYPE_CHECKING:
     from condaccept._pending import Address, Credentials, Peer
 
-__all__ = ("CALLEE_DATA_CAPACITY", "Connection")
+__all__ = ("CALLEE_DATA_CAPACITY", "Connection", "Kind")
 
 CALLEE_DATA_CAPACITY: Final = 4096
 """Bytes; what a fresh socket's send buffer takes at once, and Windows' own capacity."""
 
-_INTERNET: Final = frozenset({int(socket.AF_INET), int(socket.AF_INET6)})
+
+class Kind:
+    """What the connections of one listening socket have in common.
+
+    Attributes:
+        tcp: Whether it is TCP.
+        arguments: What a socket object over such a descriptor is made with.
+        linger: The SO_LINGER that an accepted connection is to have, if it may have
+            inherited another one; else ``None``.
+        resets: Whether closing the descriptor is enough to reset the connection.
+    """
+
+    __slots__ = ("arguments", "linger", "resets", "tcp")
+
+    def __init__(self, family: int) -> None:
+        self.tcp = family in (socket.AF_INET, socket.AF_INET6)
+        self.linger: bytes | None = None
+        self.resets = False
+        # proto: asyncio sets TCP_NODELAY only on what says it is IPPROTO_TCP, and an
+        # accepted socket says what the listening one was made with, often 0.
+        # SOCK_NONBLOCK in the type makes the object non-blocking without a system call;
+        # the kernel's own flag stays off, so every recv and send says MSG_DONTWAIT.
+        proto = socket.IPPROTO_TCP if self.tcp else 0
+        self.arguments = family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK, proto
 
 
 class Connection:
@@ -27,23 +51,27 @@ class Connection:
     socket object.
     """
 
-    __slots__ = ("_family", "_sock", "caller_id", "fd", "hangup", "watched")
+    __slots__ = ("_kind", "_sock", "caller_id", "fd", "hangup", "watched")
 
     capacity = CALLEE_DATA_CAPACITY
 
-    def __init__(self, fd: int, family: int, caller_id: Address, *, hangup: bool) -> None:
+    def __init__(self, fd: int, kind: Kind, caller_id: Address, *, hangup: bool) -> None:
         self.fd = fd
         self.caller_id = caller_id
         self.hangup = hangup
         self.watched = False
-        self._family = family
+        self._kind = kind
         self._sock: RawSocket | None = None
 
     @property
     def sock(self) -> RawSocket:
         """The socket, without the Python half of `socket.socket`."""
+        if self.fd < 0:
+            # Whoever keeps a pending transport may ask it later; by then the descriptor's
+            # number is the stream's, or somebody else's.
+            raise OSError(errno.EBADF, "this connection is not pending any more")
         if self._sock is None:
-            self._sock = RawSocket(*self._kind(), self.fd)
+            self._sock = RawSocket(*self._kind.arguments, self.fd)
         return self._sock
 
     def callee_id(self) -> Address:
@@ -53,7 +81,7 @@ class Connection:
         return credentials(self.sock)
 
     def peer(self) -> Peer:
-        return peer(self.sock, tcp=self._family in _INTERNET)
+        return peer(self.sock, tcp=self._kind.tcp)
 
     def peek(self, n: int) -> bytes:
         try:
@@ -78,19 +106,25 @@ class Connection:
         """Give the descriptor over to a socket that tells of its end."""
         if self._sock is not None:
             self._sock.detach()
-        return OwnedSocket(*self._kind(), self.fd)
+            self._sock = None
+        fd, self.fd = self.fd, -1
+        sock = OwnedSocket(*self._kind.arguments, fd)
+        if self._kind.linger is not None:
+            set_linger(sock, self._kind.linger)
+        return sock
 
-    def reset(self, *, lingers: bool) -> None:
-        """Reset the connection; *lingers* if the socket was made so that a close does."""
-        if lingers and self._sock is None:
+    def farewell(self) -> RawSocket:
+        """Give the socket away, made so that a close sends what is unsent."""
+        sock = self.sock
+        self.fd, self._sock = -1, None
+        if self._kind.linger is not None:
+            set_linger(sock, self._kind.linger)
+        return sock
+
+    def reset(self) -> None:
+        """Reset the connection."""
+        if self._kind.resets and self._sock is None:
             os.close(self.fd)
         else:
             reset(self.sock)
-
-    def _kind(self) -> tuple[int, int, int]:
-        # proto: asyncio sets TCP_NODELAY only on what says it is IPPROTO_TCP, and an
-        # accepted socket says what the listening one was made with, often 0.
-        # SOCK_NONBLOCK in the type makes the object non-blocking without a system call;
-        # the kernel's own flag stays off, so every recv and send says MSG_DONTWAIT.
-        proto = socket.IPPROTO_TCP if self._family in _INTERNET else 0
-        return self._family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK, proto
+        self.fd, self._sock = -1, None

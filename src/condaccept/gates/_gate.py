@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from condaccept._pending import Arrival
-    from condaccept._sockets import OwnedSocket
+    from condaccept._sockets import Option, OwnedSocket
 
 __all__ = ("Gate",)
 
@@ -35,6 +35,12 @@ class Gate(Protocol, Generic[A]):
     @property
     def cut_short(self) -> int:
         """How many refused connections could not be given the time to read why."""
+
+    def setsockopt(self, option: Option) -> None:
+        """Set an option on the listening sockets."""
+
+    def getsockopt(self, level: int, name: int, buflen: int) -> int | bytes:
+        """Read an option of the first listening socket; *buflen* 0 for an integer."""
 
     def start(self, ready: Callable[[], object]) -> None:
         """Begin; *ready* is called when somebody has come. It is a hint."""

@@ -7,44 +7,61 @@ reset, or callee data and the end of the stream, and never a failed ``connect()`
 from __future__ import annotations
 
 import errno
+import os
 import select
+import socket
+import sys
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from condaccept._sockets import OwnedSocket, backlog, classify, raw_accept
+from condaccept._sockets import (
+    apply_options,
+    backlog,
+    classify,
+    inherit_reset,
+    raw_accept,
+    set_linger,
+)
 from condaccept._watch import READ
-from condaccept.gates._connection import Connection
+from condaccept.gates._connection import Connection, Kind
 from condaccept.gates._farewell import Farewells
 
 if TYPE_CHECKING:
     import asyncio
-    import socket
     from collections.abc import Callable, Sequence
 
     from condaccept._pending import Address
+    from condaccept._sockets import Option, OwnedSocket
     from condaccept._watch import Watch
 
 __all__ = ("HandshakeGate",)
 
 
 _POLLRDHUP: Final[int] = getattr(select, "POLLRDHUP", 0)
+_SO_LINGER: Final = (socket.SOL_SOCKET, socket.SO_LINGER)
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE})
 
 
 class _Lane:
     """One listening socket."""
 
-    __slots__ = ("accept", "family", "fd", "sock")
+    __slots__ = ("accept", "fd", "kind", "sock")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.fd = sock.fileno()
-        self.family = int(sock.family)
+        self.kind = Kind(int(sock.family))
         self.accept: Callable[[], tuple[int, Address]] = raw_accept(sock)
 
 
 class HandshakeGate:
-    """Takes finished connections from listening sockets, which it owns."""
+    """Takes finished connections from listening sockets, which it owns.
+
+    With *unshared*, nobody else accepts from them. Then a rejection costs one system call
+    less, since connections inherit from the socket that closing them is a reset; what is
+    admitted is put right first. A fork of the process ends that.
+    """
 
     def __init__(
         self,
@@ -53,6 +70,7 @@ class HandshakeGate:
         sockets: Sequence[socket.socket],
         *,
         reject_timeout: float | None = 5.0,
+        unshared: bool = False,
     ) -> None:
         self.sockets = tuple(sockets)
         self._watch = watch
@@ -66,6 +84,11 @@ class HandshakeGate:
         for lane in self._lanes:
             lane.sock.setblocking(False)
             self._poll.register(lane.fd, select.POLLIN)
+            if unshared and lane.kind.tcp and sys.platform == "linux":
+                lane.kind.linger = inherit_reset(lane.sock)
+                lane.kind.resets = True
+        if unshared:
+            _unshared.add(self)
 
     @property
     def rejecting(self) -> int:
@@ -74,6 +97,29 @@ class HandshakeGate:
     @property
     def cut_short(self) -> int:
         return self._farewells.cut_short
+
+    def share(self) -> None:
+        """Let connections inherit nothing that another process would not expect."""
+        for lane in self._lanes:
+            if lane.kind.resets and lane.kind.linger is not None:
+                # Those the kernel has queued keep what they have: `linger` stays.
+                lane.kind.resets = False
+                set_linger(lane.sock, lane.kind.linger)
+
+    def setsockopt(self, option: Option) -> None:
+        for lane in self._lanes:
+            apply_options(lane.sock, [option])
+            if lane.kind.linger is not None and option[:2] == _SO_LINGER:
+                lane.kind.linger = inherit_reset(lane.sock)
+
+    def getsockopt(self, level: int, name: int, buflen: int) -> int | bytes:
+        lane = self._lanes[0]
+        if lane.kind.linger is not None and (level, name) == _SO_LINGER:
+            linger = lane.kind.linger
+            return linger[:buflen] if buflen else int.from_bytes(linger[:4], sys.byteorder)
+        if buflen:
+            return lane.sock.getsockopt(level, name, buflen)
+        return lane.sock.getsockopt(level, name)
 
     def start(self, ready: Callable[[], object]) -> None:
         for lane in self._lanes:
@@ -87,7 +133,11 @@ class HandshakeGate:
         return waiting
 
     def backlog(self) -> tuple[int, int] | None:
-        known = [each for each in map(backlog, self.sockets) if each is not None]
+        try:
+            known = [each for each in map(backlog, self.sockets) if each is not None]
+        except OSError:
+            # A descriptor was closed behind our back; the next accept call says so.
+            return None
         if not known:
             return None
         return sum(depth for depth, _ in known), sum(limit for _, limit in known)
@@ -117,7 +167,7 @@ class HandshakeGate:
             if hangup:
                 ready.pop()
             self._ready = ready
-            taken.append(Connection(fd, lane.family, caller_id, hangup=hangup))
+            taken.append(Connection(fd, lane.kind, caller_id, hangup=hangup))
         return taken
 
     def watch(self, arrival: Connection, changed: Callable[[], object]) -> None:
@@ -130,31 +180,37 @@ class HandshakeGate:
             arrival.watched = True
 
     def admit(self, arrival: Connection) -> OwnedSocket:
-        self._unwatch(arrival)
+        if arrival.watched:
+            self._unwatch(arrival)
         return arrival.own()
 
     def refuse(self, arrival: Connection, data: bytes) -> None:
-        self._unwatch(arrival)
+        if arrival.watched:
+            self._unwatch(arrival)
         if data:
-            self._farewells.say(arrival.sock, data)
+            self._farewells.say(arrival.farewell(), data)
         else:
-            arrival.reset(lingers=False)
+            arrival.reset()
 
     def forget(self, arrival: Connection) -> None:
-        self._unwatch(arrival)
-        arrival.reset(lingers=False)
+        if arrival.watched:
+            self._unwatch(arrival)
+        arrival.reset()
 
     def close(self) -> None:
         self._farewells.close()
         for lane in self._lanes:
             self._watch.unregister(lane.fd)
-            lane.sock.close()
+            try:
+                lane.sock.close()
+            except OSError:
+                # Closed behind our back: the others still have to be.
+                continue
 
     def _unwatch(self, arrival: Connection) -> None:
         # Before the descriptor is closed: its number may come back at once.
-        if arrival.watched:
-            arrival.watched = False
-            self._watch.unregister(arrival.fd)
+        arrival.watched = False
+        self._watch.unregister(arrival.fd)
 
     def _ready_lane(self) -> _Lane | None:
         """Return the next listening socket that somebody waits on, by turns."""
@@ -173,3 +229,14 @@ class HandshakeGate:
         # Turn about: whoever is served now goes to the end.
         lanes.rotate(-1)
         return lanes[-1]
+
+
+_unshared: weakref.WeakSet[HandshakeGate] = weakref.WeakSet()
+
+
+def _before_fork() -> None:
+    for gate in list(_unshared):
+        gate.share()
+
+
+os.register_at_fork(before=_before_fork)
