@@ -931,7 +931,7 @@ class DequeMachine(RuleBasedStateMachine):
         self.now += seconds
 
     @precondition(lambda self: not self._full())
-    @rule(status=st.sampled_from([DECIDING, DEFERRED, ADMITTED, RESET, EXPIRED]))
+    @rule(status=st.sampled_from([QUEUED, DECIDING, DEFERRED, ADMITTED, RESET, EXPIRED]))
     def take(self, status: Status) -> None:
         """Take a connection that is not decided at once."""
         self.serial += 1

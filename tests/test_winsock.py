@@ -197,6 +197,7 @@ class Log:
         self.told: list[tuple[Any, Event, OSError | None]] = []
 
     def __call__(self, source: Any, event: Event, error: OSError | None) -> None:
+        """Keep it."""
         self.told.append((source, event, error))
 
     def of(self, source: object) -> list[Event]:
@@ -500,9 +501,7 @@ async def test_d7_new_arrival_waits(listener: Listener[Stream], dial: Dial, take
 
 
 @either
-async def test_d8_deferral_wakes_nobody(
-    listener: Listener[Stream], dial: Dial, take: Take
-) -> None:
+async def test_d8_deferral_wakes_nobody(listener: Listener[Stream], dial: Dial, take: Take) -> None:
     """wait_pending() returns for a caller, and not for the deferral of one; accept would."""
     client = dial(listener)
     await listener.wait_pending()
@@ -590,7 +589,7 @@ async def test_d9_defer_nowait(listener: Listener[Stream], dial: Dial) -> None:
 
 @either
 async def test_d10_data_while_deferred(listener: Listener[Stream], dial: Dial, take: Take) -> None:
-    """What a caller sends while it is deferred can be seen, stays unread, and reaches the stream."""
+    """What a caller sends while deferred can be seen, stays unread, and reaches the stream."""
     client = dial(listener)
     name = client.getsockname()
     await queued(listener, 1)
@@ -713,9 +712,9 @@ async def test_d12_reset_while_deferred(
         await take(listener, defer)
     reset(a)
     if noticed:
-        await listener.wait_pending()
+        await until(lambda: listener.statistics().reset)
         assert listener.pending == ()
-        assert listener.statistics().reset == 1
+        await listener.wait_pending()  # the loss is due
 
     condition = Condition(ACCEPT)
     with raises(PendingResetError, name):
@@ -773,9 +772,7 @@ async def test_d13_closed_while_deferred(
 
 
 @either
-async def test_d14_nested_double_defer(
-    listener: Listener[Stream], dial: Dial, take: Take
-) -> None:
+async def test_d14_nested_double_defer(listener: Listener[Stream], dial: Dial, take: Take) -> None:
     """A condition that tries to defer the next one, and then defers its own, loses neither."""
     a, b = dial(listener), dial(listener)
     names = [each.getsockname() for each in (a, b)]
@@ -922,7 +919,7 @@ async def test_v1_invalid_verdict(
         assert waiting(listener) == [(name, Status.QUEUED)]
         assert wire(a) == "open"
     assert books(listener) == {"taken": 1, "offers": 2, "pending": 1, "backlog": 1}
-    await asyncio.wait_for(listener.wait_pending(), None)  # it is due
+    await listener.wait_pending()  # it is due
 
     condition = Condition(DEFER)
     with raises(ConnectionDeferredError, name):
@@ -1081,7 +1078,7 @@ async def test_l1_not_listening(dial: Dial, *, bound: bool) -> None:
 
 @either
 async def test_l1_listens_no_more(dial: Dial, take: Take) -> None:
-    """A socket that was shut down behind the listener's back is EINVAL; the condition is unasked."""
+    """A socket shut down behind the listener's back is EINVAL; the condition is not asked."""
     sock = socket.create_server(("127.0.0.1", 0))
     async with Listener[Stream].from_socket(sock) as listener:
         client = dial(listener)
@@ -1114,12 +1111,15 @@ async def test_l3_not_a_socket() -> None:
         Listener.from_socket(closed)
 
     r, w = os.pipe()
+    with select.epoll() as event_handle:
+        for other in (r, event_handle.fileno()):
+            with socket.socket() as sock:
+                os.dup2(other, sock.fileno())
+                with raises(NotASocketError):
+                    Listener.from_socket(sock)
+                assert sock.fileno() >= 0
+    os.close(r)
     os.close(w)
-    for fd in (r, select.epoll().detach() if hasattr(select.epoll, "detach") else os.dup(r)):
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=fd) as sock:
-            with raises(NotASocketError):
-                Listener.from_socket(sock)
-            assert sock.fileno() == fd
 
     for number in (0, -1):
         with pytest.raises(TypeError, match=r"takes a socket\.socket"):
@@ -1154,12 +1154,7 @@ async def test_l3_not_a_socket_any_more(take: Take) -> None:
         os.close(w)
         with raises(NotASocketError):
             await take(listener)
-        assert books_of_deque(listener) == ()
-
-
-def books_of_deque(listener: Listener[Any]) -> tuple[PendingTransport, ...]:
-    """Return the deque, without asking the kernel about the listening socket."""
-    return listener.pending
+        assert listener.pending == ()
 
 
 @either
@@ -1376,6 +1371,7 @@ class Seen:
         self.parameters: dict[str, Any] = {}
 
     def __call__(self, pending: PendingTransport) -> AnyVerdict:
+        """Look at everything."""
         names = ("caller_id", "caller_data", "callee_id", "group", "callback_data", "deferrals")
         self.parameters = {name: getattr(pending, name) for name in names}
         self.parameters["ip"] = str(pending.ip)
@@ -1715,7 +1711,7 @@ async def test_r2_close_and_accept_async(listener: Listener[Stream], dial: Dial)
     await until(lambda: listener.statistics().deciding)
     second = asyncio.ensure_future(listener.accept(other))
     stream = await first
-    with raises(ListenerClosedError):
+    with raises(ListenerClosedError, b.getsockname()):
         await second
     assert await wire_end(b) == "reset"
     assert listener.pending == ()
@@ -1731,6 +1727,7 @@ async def test_r3_close_and_defer(
 ) -> None:
     """A condition that closes the listener and defers: the caller is reset, the call is EINVAL."""
     client = dial(listener, data=sent)
+    name = client.getsockname()
     await queued(listener, 1)
 
     def condition(pending: PendingTransport) -> AnyVerdict:
@@ -1739,11 +1736,10 @@ async def test_r3_close_and_defer(
         return DEFER
 
     for _ in range(before):
-        with raises(ConnectionDeferredError, client.getsockname()):
+        with raises(ConnectionDeferredError, name):
             await take(listener, condition)
-    with pytest.raises(ListenerClosedError) as caught:
+    with raises(ListenerClosedError, name):
         await take(listener, condition)
-    check(caught.value, ListenerClosedError, caught.value.caller_id, None)
     assert await wire_end(client) == "reset"
     assert listener.pending == ()
     counts = books(listener)
@@ -1761,9 +1757,8 @@ async def test_r3_close_and_defer_async(listener: Listener[Stream], dial: Dial) 
         await asyncio.sleep(0)
         return DEFER
 
-    with pytest.raises(ListenerClosedError) as caught:
+    with raises(ListenerClosedError, client.getsockname()):
         await listener.accept(condition)
-    check(caught.value, ListenerClosedError, caught.value.caller_id, None)
     assert await wire_end(client) == "reset"
     assert listener.pending == ()
     assert books(listener) == {"taken": 1, "offers": 1, "closed": 1}
@@ -1771,9 +1766,7 @@ async def test_r3_close_and_defer_async(listener: Listener[Stream], dial: Dial) 
 
 
 @either
-async def test_r3_close_and_no_verdict(
-    listener: Listener[Stream], dial: Dial, take: Take
-) -> None:
+async def test_r3_close_and_no_verdict(listener: Listener[Stream], dial: Dial, take: Take) -> None:
     """Closed and then no verdict at all: reset as well, for there is no place to keep."""
     client = dial(listener)
     await queued(listener, 1)
@@ -1794,7 +1787,7 @@ async def test_r3_close_and_no_verdict(
 
 @either
 async def test_e1_events_inherited(listener: Listener[Stream], dial: Dial, take: Take) -> None:
-    """A stream reports to the listener's callback: WRITE at once, READ for data, CLOSE at the end."""
+    """A stream reports to the listener's callback: WRITE at once, READ for data, CLOSE last."""
     log, late = Log(), Log()
     listener.on(ANY_EVENT, log)
     client = dial(listener)
@@ -2012,8 +2005,7 @@ async def test_e8_late_subscriber(listener: Listener[Stream], dial: Dial) -> Non
     for log in logs:
         listener.on(Event.PENDING, log)
         assert log.told == []  # never inside the call
-        await until(lambda log=log: log.told)
-    await caught_up()
+        await caught_up()
     assert [log.told for log in logs] == [[(listener, Event.PENDING, None)]] * 2
     await converse(await listener.accept(), client)
     assert [len(log.told) for log in logs] == [1, 1]
@@ -2055,7 +2047,7 @@ async def test_e9_no_events_of_the_undecided(
 
 
 async def test_o1_no_conditional_accept() -> None:
-    """What cannot be kept is not promised: asking before the handshake is refused, and all closed."""
+    """Asking before the handshake, which cannot be done yet, is refused; nothing is left open."""
     before = descriptors()
     with pytest.raises(NotImplementedError, match="conditional_accept"):
         await listen("127.0.0.1", 0, conditional_accept=True)

@@ -67,6 +67,8 @@ _VERDICTS: Final = (Verdict, Accept, Reject, Defer)
 _TO_OFFER: Final = frozenset({Status.QUEUED, Status.DEFERRED})
 _KEPT: Final = frozenset({Status.DEFERRED, Status.ADMITTED, *_LOSSES})
 """What a connection that was never on the deque is put there for."""
+_IN_HAND: Final = object()
+"""The taker of a connection that a call is about to be done with."""
 _TO_COME: Final = object()
 """In the place of a stream: the gate has still to produce it."""
 
@@ -107,6 +109,7 @@ class Accepting(Generic[T]):
         self._asked: PendingTransport | None = None  # by a plain condition, right now
         self._deciders: dict[PendingTransport, asyncio.Task[Any] | None] = {}
         self._waiters: deque[asyncio.Future[bool]] = deque()  # accept calls
+        self._places: deque[asyncio.Future[bool]] = deque()  # accept calls, at a bound
         self._watchers: deque[asyncio.Future[bool]] = deque()  # wait_pending calls
         self._idle: list[asyncio.Future[None]] = []  # wait_closed calls
         self._timer: asyncio.TimerHandle | None = None
@@ -130,7 +133,10 @@ class Accepting(Generic[T]):
             # may be cancelled, and another has to tell of it.
             while (pending := self._head()) is None or (pending._status in _LOSSES and not turned):
                 turned = True
-                await (self._wait(self._waiters) if pending is None else self._turn())
+                if pending is not None:
+                    await self._turn()
+                else:
+                    await self._wait(self._places if self._pending.full else self._waiters)
             if pending._status not in _TO_OFFER:
                 stream: Any = self._unasked(pending)
             else:
@@ -197,7 +203,7 @@ class Accepting(Generic[T]):
     def cancel_accept(self) -> int:
         """See `Listener.cancel_accept()`."""
         cancelled = 0
-        for waiters in (self._waiters, self._watchers):
+        for waiters in (self._waiters, self._places, self._watchers):
             for waiter in waiters:
                 if not waiter.done():
                     waiter.set_result(True)
@@ -217,16 +223,15 @@ class Accepting(Generic[T]):
             task = self._deciders.get(pending)
             if pending is self._asked or (task is not None and task is current):
                 continue  # the condition that closes the listener keeps its verdict
+            if pending._taker is _IN_HAND:
+                continue
             self._drop(pending)
             if task is not None:
                 task.cancel()
         while (loss := self._pending.head()) is not None:
             self._pending.report(loss)
-        for waiters in (self._waiters, self._watchers):
-            for waiter in waiters:
-                if not waiter.done():
-                    waiter.set_result(False)
-            waiters.clear()
+        for waiters in (self._waiters, self._places, self._watchers):
+            self._wake(waiters)
         self._gate.close()
         self._watch.release()
         self._decider_left()
@@ -335,6 +340,7 @@ class Accepting(Generic[T]):
             self._pending.move(pending, Status.DECIDING, 0.0)
         self._ledger.offers += 1
         pending.callback_data = callback_data
+        pending.group = pending._callee_data = None
         if condition is None:
             return _ACCEPT
         pending._offered = True
@@ -364,7 +370,7 @@ class Accepting(Generic[T]):
                 # close() has cancelled this task; somebody else may have, too.
                 if task is not None and task.uncancel() > cancelling:
                     raise
-                raise _closed() from error
+                raise _closed(pending) from error
             if isinstance(error, asyncio.CancelledError) and (
                 task is None or task.cancelling() > cancelling
             ):
@@ -379,10 +385,10 @@ class Accepting(Generic[T]):
             # The condition has swallowed the cancellation by close().
             if task is not None:
                 task.uncancel()
-            raise _closed()
+            raise _closed(pending)
         if not self._look(pending):
             # This call tells of the loss, unless it is cancelled before it has yielded.
-            pending._taker = _TO_COME
+            pending._taker = _IN_HAND
             try:
                 await self._turn()
             except BaseException:
@@ -423,7 +429,7 @@ class Accepting(Generic[T]):
         self._to(pending, Status.ADMITTED)
         if self.closed:
             self._drop(pending)
-            raise _closed()
+            raise _closed(pending)
         admission.add_done_callback(partial(self._came, pending))
         self._pass_on()
         return _TO_COME
@@ -445,20 +451,22 @@ class Accepting(Generic[T]):
     def _defer(self, pending: PendingTransport, defer: Defer) -> AcceptError:
         if self.closed:
             self._drop(pending)
-            return _closed()
+            return _closed(pending)
         pending.deferrals += 1
         self._ledger.deferrals += 1
-        self._ledger.end_offer(pending)
         self._to(pending, Status.DEFERRED)
         self._gate.watch(pending._arrival, partial(self._changed, pending))
         self._set_timer()
+        # Last: a release may do anything, close the listener for one.
+        self._ledger.end_offer(pending)
+        if self.closed:
+            return _closed(pending)
         error = ConnectionDeferredError(defer.reason, pending.caller_id)
         error.defer = defer
         return error
 
     def _undo(self, pending: PendingTransport) -> None:
         """End an offer without a verdict: the connection keeps its place."""
-        self._ledger.end_offer(pending)
         if self.closed:
             self._drop(pending)
             return
@@ -467,7 +475,9 @@ class Accepting(Generic[T]):
             self._set_timer()
         else:
             self._pending.enter(pending, Status.QUEUED, 0.0)
-        self._became_due()
+        self._ledger.end_offer(pending)
+        if not self.closed:
+            self._became_due()
 
     def _raised(self, pending: PendingTransport, error: BaseException) -> None:
         """Reject a connection whose condition raised."""
@@ -481,6 +491,7 @@ class Accepting(Generic[T]):
     def _deliver(self, pending: PendingTransport, sock: OwnedSocket, reason: str) -> object:
         """Make the stream of an accepted connection."""
         fd = sock.fileno()
+        pending._taker = _IN_HAND
         sock.own(partial(self._over, fd, pending._release_holds()))
         if self.options:
             inherit_options(sock, self.options)
@@ -531,7 +542,7 @@ class Accepting(Generic[T]):
             if taker.cancelled() and pending._status is not Status.ADMITTED:
                 self._became_due()
         if self.closed:
-            raise _closed()
+            raise _closed(pending)
         return self._unasked(pending)
 
     def _came(self, pending: PendingTransport, admission: asyncio.Future[OwnedSocket]) -> None:
@@ -566,7 +577,8 @@ class Accepting(Generic[T]):
 
     def _report(self, loss: PendingTransport) -> AcceptError:
         """Return the error that tells of a loss, which is told once."""
-        self._pending.report(loss)
+        if loss._kept:
+            self._pending.report(loss)
         return _LOSSES[loss._status](loss._reason, loss.caller_id)
 
     def _drop(self, pending: PendingTransport) -> None:
@@ -647,27 +659,36 @@ class Accepting(Generic[T]):
     def _became_due(self) -> None:
         """Tell everybody that there is something new to act on."""
         self._wake_one()
-        for watcher in self._watchers:
-            if not watcher.done():
-                watcher.set_result(False)
-        self._watchers.clear()
+        self._wake(self._watchers)
         self._fire_pending()
 
     def _pass_on(self) -> None:
-        """Wake another call if there is more to act on."""
-        if self._waiters and self._due():
+        """Wake others if there is more to act on."""
+        if self._places and not self._pending.full:
             self._wake_one()
+        elif (self._waiters or self._watchers) and self._due():
+            self._wake_one()
+            self._wake(self._watchers)
 
     def _wake_one(self) -> None:
-        while self._waiters:
-            waiter = self._waiters.popleft()
+        """Wake the accept call that has waited longest and may take."""
+        full = self._pending.full
+        for waiters in (self._waiters, self._places) if full else (self._places, self._waiters):
+            while waiters:
+                waiter = waiters.popleft()
+                if not waiter.done():
+                    waiter.set_result(False)
+                    return
+
+    def _wake(self, waiters: deque[asyncio.Future[bool]]) -> None:
+        for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(False)
-                return
+        waiters.clear()
 
     def _looked(self, pending: PendingTransport | None, error: BaseException | None = None) -> None:
         """Note the end of a call that looked at the deque, and at *pending* there."""
-        if self._waiters:
+        if self._waiters or self._places or self._watchers:
             self._pass_on()
         if not self._signals.subscriptions:
             return
@@ -719,6 +740,6 @@ def _is_bad(condition: object) -> bool:
     return condition is not None and not callable(condition)
 
 
-def _closed() -> ListenerClosedError:
+def _closed(pending: PendingTransport | None = None) -> ListenerClosedError:
     reason = "the listener is closed"
-    return ListenerClosedError(reason)
+    return ListenerClosedError(reason, None if pending is None else pending.caller_id)

@@ -8,13 +8,14 @@ import socket
 import warnings
 import weakref
 from asyncio.trsock import TransportSocket
+from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar, overload
 
 from condaccept._accepting import Accepting, OnEof
 from condaccept._events import Event, EventCallback, Outcome, Signals, Subscription
 from condaccept._ledger import Ledger, Statistics
-from condaccept._open import Host, UnixPath, open_tcp, open_unix, unlink
+from condaccept._open import Host, UnixPath, absolute, open_tcp, open_unix, unlink
 from condaccept._pending import Condition, PendingDeque, PendingTransport, Status
 from condaccept._sockets import Option, apply_options, check_listening, check_options
 from condaccept._watch import Watch, open_watch
@@ -22,7 +23,7 @@ from condaccept.exceptions import ListenerClosedError
 from condaccept.gates import Gate, HandshakeGate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from types import TracebackType
 
     from condaccept._pending import Address
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ("Listener", "listen")
 
 T = TypeVar("T")
+
+INT_MAX: Final = 2**31 - 1
 
 OnFull = Literal["wait", "expire_oldest"]
 
@@ -490,6 +493,13 @@ async def listen(
     checked = check_options(options)
     _check_timeout("reject_timeout", reject_timeout)
     _check_limits(max_pending, max_deciding, defer_timeout, on_full, on_eof)
+    _check_address(host, port, path)
+    for name, number, most in (
+        ("backlog", backlog, INT_MAX),
+        ("defer_accept", defer_accept, INT_MAX),
+        ("mode", mode, 0o7777),
+    ):
+        _check_number(name, number, most)
     if conditional_accept:
         message = "conditional_accept needs a gate before the handshake, which is not there yet"
         raise NotImplementedError(message)
@@ -535,12 +545,40 @@ async def listen(
             unlink(os.fspath(path), inode)
         raise
     if path is not None and inode is not None:
-        listener._file = os.fspath(path), inode
+        listener._file = absolute(path), inode
     return listener
 
 
 def _report(loop: asyncio.AbstractEventLoop, message: str, error: BaseException) -> None:
     loop.call_exception_handler({"message": message, "exception": error})
+
+
+def _check_address(host: object, port: object, path: object) -> None:
+    hosts = [host] if host is None or isinstance(host, str) else host
+    if isinstance(hosts, bytes) or not isinstance(hosts, Iterable):
+        message = f"host is a name, an address, a sequence of them or None; got {host!r}"
+        raise TypeError(message)
+    for each in hosts:
+        if each is not None and not isinstance(each, str):
+            message = f"host is a name, an address, a sequence of them or None; got {host!r}"
+            raise TypeError(message)
+    if port is not None and not isinstance(port, str):
+        # getaddrinfo(3) would take the number modulo 65536.
+        _check_number("port", port, 65535)
+    if path is not None and not isinstance(path, (str, bytes, os.PathLike)):
+        message = f"path is the name of a Unix socket, got {path!r}"
+        raise TypeError(message)
+
+
+def _check_number(name: str, value: object, most: int) -> None:
+    if value is None and name != "backlog":
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        message = f"{name} is an integer, got {value!r}"
+        raise TypeError(message)
+    if not 0 <= value <= most:
+        message = f"{name} is between 0 and {most}, got {value!r}"
+        raise ValueError(message)
 
 
 def _check_unix(

@@ -14,7 +14,7 @@ from condaccept._sockets import Option, apply_options
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ("Host", "UnixPath", "open_tcp", "open_unix", "unlink")
+__all__ = ("Host", "UnixPath", "absolute", "open_tcp", "open_unix", "unlink")
 
 Host: TypeAlias = str | Sequence[str] | None
 UnixPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -51,10 +51,12 @@ async def open_tcp(
         try:
             _bind_all(sockets, addresses, options)
             for sock in sockets:
-                sock.listen(backlog)
-        except OSError as error:
+                _listen(sock, backlog)
+        except BaseException as error:
             for sock in sockets:
                 sock.close()
+            if not isinstance(error, OSError):
+                raise
             if several and error.errno == errno.EADDRINUSE and attempt < PORT_TRIES - 1:
                 continue
             raise
@@ -69,9 +71,13 @@ async def _resolve(
     found: dict[AddressInfo, None] = {}
     for each in hosts:
         # "" is every address, as for asyncio.
-        infos = await loop.getaddrinfo(
-            each or None, port, family=family, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        try:
+            infos = await loop.getaddrinfo(
+                each or None, port, family=family, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+        except socket.gaierror as error:
+            reason = f"cannot resolve host {each!r}, port {port!r}: {error.strerror}"
+            raise socket.gaierror(error.errno, reason) from error
         found.update(dict.fromkeys((int(info[0]), info[4]) for info in infos))
     return list(found)
 
@@ -88,6 +94,14 @@ def _tcp_options(*, reuse_port: bool, defer_accept: int | None) -> list[Option]:
     if defer_accept is not None:
         options.append((socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, defer_accept))
     return options
+
+
+def _listen(sock: socket.socket, backlog: int) -> None:
+    try:
+        sock.listen(backlog)
+    except OSError as error:
+        reason = f"cannot listen on {sock.getsockname()!r}: {error.strerror}"
+        raise OSError(error.errno, reason) from error
 
 
 def _bind_all(
@@ -140,7 +154,11 @@ def open_unix(
     """
     name = os.fspath(path)
     is_file = bool(name) and name[:1] not in ("\0", b"\0")
+    if mode is not None and not is_file:
+        message = "mode is for a file: an abstract name has no access bits, anybody can connect"
+        raise ValueError(message)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    inode = None
     try:
         apply_options(sock, options)
         if is_file:
@@ -148,17 +166,20 @@ def open_unix(
         try:
             sock.bind(name)
         except OSError as error:
-            raise OSError(error.errno, f"cannot bind {name!r}: {error.strerror}") from error
-        inode = None
+            # Python's own "AF_UNIX path too long" has neither errno nor strerror.
+            reason = f"cannot bind {name!r}: {error.strerror or error}"
+            raise OSError(error.errno or errno.ENAMETOOLONG, reason) from error
         if is_file:
             status = os.stat(name)
             inode = status.st_dev, status.st_ino
             if mode is not None:
                 # Before listen(): until then nobody can connect, whatever the umask was.
                 os.chmod(name, mode)
-        sock.listen(backlog)
+        _listen(sock, backlog)
     except BaseException:
         sock.close()
+        if inode is not None:
+            unlink(name, inode)
         raise
     return sock, inode
 
@@ -182,6 +203,11 @@ def _clear(name: str | bytes) -> None:
             # EAGAIN: it answers, its backlog is full. Anything else: not ours to remove.
             pass
     raise OSError(errno.EADDRINUSE, f"cannot bind {name!r}: somebody listens there")
+
+
+def absolute(path: UnixPath) -> str | bytes:
+    """Return the name of a socket's file for later, from whatever directory."""
+    return os.path.abspath(os.fspath(path))
 
 
 def unlink(name: str | bytes, inode: tuple[int, int]) -> None:

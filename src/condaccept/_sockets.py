@@ -269,6 +269,9 @@ def apply_options(sock: RawSocket, options: Iterable[Option]) -> None:
         except OSError as error:
             reason = f"{error.strerror}: socket option {(level, name, value)!r}"
             raise OSError(error.errno, reason) from error
+        except OverflowError as error:
+            reason = f"{error}: socket option {(level, name, value)!r}"
+            raise ValueError(reason) from error
 
 
 def inherit_options(sock: RawSocket, options: Sequence[Option]) -> None:
@@ -286,6 +289,11 @@ def inherit_options(sock: RawSocket, options: Sequence[Option]) -> None:
 def check_options(options: Any) -> tuple[Option, ...]:
     """Return *options* as a tuple, or say what is wrong with them."""
     checked = []
+    try:
+        options = list(options)
+    except TypeError:
+        message = f"options are tuples (level, name, value), got {options!r}"
+        raise TypeError(message) from None
     for option in options:
         if not isinstance(option, tuple) or len(option) != len(("level", "name", "value")):
             message = f"a socket option is a tuple (level, name, value), got {option!r}"

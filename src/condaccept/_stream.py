@@ -229,8 +229,11 @@ class Stream:
         if self._write_eof:
             message = "write() was called after write_eof()"
             raise RuntimeError(message)
-        if not isinstance(data, bytes):
-            data = memoryview(data).cast("B")  # count bytes, whatever the items are
+        if isinstance(data, memoryview):
+            data = data.cast("B")
+        elif not isinstance(data, (bytes, bytearray)):
+            message = f"write() takes bytes, a bytearray or a memoryview, got {data!r:.50}"
+            raise TypeError(message)
         sent = 0
         if not self._buffer:
             try:

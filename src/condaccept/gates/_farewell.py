@@ -47,6 +47,7 @@ class Farewells:
         # In the order of their deadlines, since the time allowed is the same for all.
         self._open: OrderedDict[_Farewell, float] = OrderedDict()
         self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
         self.cut_short = 0
 
     def __len__(self) -> int:
@@ -57,7 +58,7 @@ class Farewells:
         farewell = _Farewell(sock, data)
         if farewell.advance():
             return
-        if len(self._open) >= AT_ONCE or self._timeout == 0:
+        if self._closed or len(self._open) >= AT_ONCE or self._timeout == 0:
             # What can be done at once is done: the bytes are on their way, the end of the
             # stream is, and nothing the caller had sent so far turns it into a reset.
             self.cut_short += 1
@@ -69,7 +70,11 @@ class Farewells:
             self._timer = self._loop.call_later(self._timeout, self._time_over)
 
     def close(self) -> None:
-        """End all of them; whoever has not read its data by now is reset."""
+        """End all of them; whoever has not read its data by now is reset.
+
+        Later ones are cut short too.
+        """
+        self._closed = True
         for farewell in list(self._open):
             self._end(farewell)
         if self._timer is not None:
