@@ -209,8 +209,9 @@ class Listener(Generic[T]):
 
         That is a connection never offered, or a loss to report. A deferral is nothing new,
         so ``wait_pending()`` and ``accept()`` in turn are a retry loop that does not spin:
-        behind a deferred connection it returns once for newcomers, not again and again. It
-        takes nothing: with several tasks, another may be faster.
+        behind a deferred connection it returns at most once for each that comes, which the
+        next call cannot reach, and not again and again. It takes nothing, and is a hint
+        only: with several tasks, another may be faster.
 
         Raises:
             AcceptInterruptedError: `cancel_accept()` ended the wait.

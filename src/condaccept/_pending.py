@@ -145,7 +145,7 @@ class CalleeData:
     """What the callee tells the caller together with the verdict.
 
     On ACCEPT it is the first thing the stream sends; on REJECT it is sent before the end
-    of the stream. Empty to begin with, and then nothing is sent.
+    of the stream. It belongs to one offer: empty to begin with, and then nothing is sent.
 
     Attributes:
         capacity: In bytes. 0 where no data can go with the verdict.
@@ -198,7 +198,8 @@ class PendingTransport:
     Attributes:
         callback_data: What the caller of `accept()` passed along, untouched.
         state: Anything; becomes `Stream.state`. How a condition tells what it learned.
-        group: The name of a stream group of the listener, or ``None``.
+        group: The name of a stream group of the listener, or ``None``, as at the
+            beginning of each offer.
         deferrals: How often it has been deferred.
 
     Source: the parameters of the condition function of WSPAccept.

@@ -1,0 +1,136 @@
+"""The example, the README and the benchmark do what they say."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support import LIMIT, wire
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parent.parent
+ECHO_GATE = ROOT / "examples" / "echo_gate.py"
+STRICT = (sys.executable, "-X", "dev", "-W", "error")
+
+
+@contextlib.contextmanager
+def running(*command: str) -> Iterator[subprocess.Popen[str]]:
+    """Run a server that prints a line when it is ready; end it, whatever happens."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def dial(port: int, source: str = "127.0.0.1") -> socket.socket:
+    """Connect to a server of 127.0.0.1 from *source*."""
+    return socket.create_connection(("127.0.0.1", port), LIMIT, (source, 0))
+
+
+@pytest.mark.slow
+def test_demo() -> None:
+    """The demo shows the three verdicts from both sides and ends well."""
+    done = subprocess.run(
+        [*STRICT, str(ECHO_GATE), "--demo"], capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["client", "first", "denied", "second"]
+    assert "reset by the server" in lines[2]
+    assert lines[2].endswith("REJECT: on the deny list")
+    assert lines[3].endswith("DEFER: all places are taken, then ACCEPT: accepted by the condition")
+
+
+@pytest.mark.slow
+def test_echo_gate_serves_until_interrupted() -> None:
+    """Without --demo it echoes, denies, keeps the limit, and closes cleanly on Ctrl-C."""
+    options = ("--port", "0", "--limit", "1", "--deny", "127.0.0.2")
+    with running(*STRICT, str(ECHO_GATE), *options) as server:
+        assert server.stdout is not None
+        found = re.search(r"\('127\.0\.0\.1', (\d+)\)", server.stdout.readline())
+        assert found is not None
+        port = int(found[1])
+        with dial(port) as first, dial(port, "127.0.0.2") as denied, dial(port) as second:
+            first.sendall(b"one")
+            assert first.recv(10) == b"one"
+            with pytest.raises(ConnectionResetError):
+                denied.recv(10)
+            second.sendall(b"two")
+            # The line of the deferral, which comes behind that of the rejection.
+            while "all places are taken" not in server.stdout.readline():
+                pass
+            assert wire(second) == "open"
+            first.close()
+            assert second.recv(10) == b"two"
+            server.send_signal(signal.SIGINT)
+            out, _ = server.communicate(timeout=LIMIT)
+        assert server.returncode == 0
+        assert out.splitlines()[-1] == "closed"
+        assert "Traceback" not in out
+
+
+@pytest.mark.slow
+def test_readme(tmp_path: Path) -> None:
+    """The program in the README runs as it stands, on a port of its own."""
+    found = re.search(
+        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert found is not None
+    program = found[1]
+    assert program.count("7007") == 1
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = tmp_path / "readme.py"
+    ready = 'print("ready")\n        await serve('
+    path.write_text(program.replace("7007", str(port)).replace("await serve(", ready, 1))
+    with running(*STRICT, str(path)) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "ready\n"
+        with dial(port) as client, dial(port, "127.0.0.2") as denied:
+            assert client.recv(100) == b"welcome\n"
+            assert client.recv(100) == b""
+            with pytest.raises(ConnectionResetError):
+                denied.recv(100)
+        assert "on the deny list" in server.stdout.readline()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the benchmark measures on Linux only")
+def test_benchmark_quick() -> None:
+    """The benchmark runs, and no connection in it ends the wrong way."""
+    if shutil.which("cc") is None:
+        pytest.skip("needs the system package gcc, for the load generator and the C loop")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "bench_accept.py"), "--quick"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "C loop" in done.stdout
+    for loop in ("asyncio", "uvloop"):
+        assert re.search(rf"{loop} +condaccept accept\(\), 16 tasks", done.stdout)
