@@ -128,3 +128,8 @@ async def caught_up() -> None:
         loop.remove_reader(ours)
     # What others were told in the same turn has been scheduled, and runs in this one.
     await asyncio.sleep(0)
+
+
+def somaxconn() -> int:
+    """Return the longest backlog that the kernel grants."""
+    return int(Path("/proc/sys/net/core/somaxconn").read_text())

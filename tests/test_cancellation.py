@@ -22,6 +22,7 @@ from condaccept import (
     InvalidVerdictError,
     Listener,
     ListenerClosedError,
+    PendingResetError,
     PendingTransport,
     Status,
     Stream,
@@ -799,6 +800,46 @@ async def test_close_from_a_release(
     assert listener.pending == ()
     statistics = listener.statistics()
     assert statistics.accepted + statistics.rejected + statistics.closed == 1
+
+
+async def test_close_from_a_release_of_a_cancelled_decision(
+    listener: Listener[Stream], dial: Dial
+) -> None:
+    """Closing the listener while a cancelled decision ends leaves nothing behind."""
+    client = dial(listener)
+    offered: list[PendingTransport] = []
+
+    async def condition(pending: PendingTransport) -> AnyVerdict:
+        offered.append(pending)
+        pending.hold(listener.close)
+        await asyncio.get_running_loop().create_future()
+        return ACCEPT
+
+    (task,) = start(listener.accept(condition))
+    await until(lambda: offered)
+    task.cancel()
+    assert isinstance(await ended(task), (asyncio.CancelledError, ListenerClosedError))
+    await listener.wait_closed()
+    assert offered[0].status is Status.CLOSED
+    assert listener.statistics().closed == 1
+    assert wire(client) == "reset"
+
+
+async def test_close_from_a_release_of_a_loss(listener: Listener[Stream], dial: Dial) -> None:
+    """Closing the listener while a lost connection's hold is released leaves nothing behind."""
+    client = dial(listener)
+
+    async def condition(pending: PendingTransport) -> AnyVerdict:
+        pending.hold(listener.close)
+        await asyncio.sleep(0)
+        reset(client)
+        return ACCEPT
+
+    with pytest.raises((PendingResetError, ListenerClosedError)):
+        await listener.accept(condition)
+    await listener.wait_closed()
+    assert listener.statistics().reset == listener.statistics().taken == 1
+    assert listener.pending == ()
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])

@@ -9,9 +9,8 @@ import gc
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -44,20 +43,33 @@ from tests.support import (
     inode,
     queued,
     reject,
-    reset,
+    somaxconn,
     until,
     wire_end,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
 
 
 @pytest.fixture
 def nothing_left() -> Iterator[None]:
     """Fail a test that leaves a descriptor open."""
-    # The loop opens its own the first time it resolves a name in a thread.
     before = descriptors()
     yield
     gc.collect()
     assert descriptors() == before
+
+
+def drop(things: list[Any]) -> None:
+    """Forget what is in the list."""
+    things.clear()
+    gc.collect()
+
+
+def listing(folder: Path) -> list[str]:
+    """Return the names of the files in *folder*."""
+    return sorted(each.name for each in folder.iterdir())
 
 
 def names(listener: Listener[Any]) -> list[Any]:
@@ -211,9 +223,8 @@ async def test_one_number_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> Non
         assert descriptors() == before + 3  # two sockets and the watch
 
 
-async def test_one_number_is_not_tried_for_ever(
-    monkeypatch: pytest.MonkeyPatch, nothing_left: None
-) -> None:
+@pytest.mark.usefixtures("nothing_left")
+async def test_one_number_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """If no number is free on all addresses, the error names the address."""
     tried: list[int] = []
     bind = socket.socket.bind
@@ -239,9 +250,7 @@ async def test_turn_about(dial: Dial) -> None:
             for _ in range(clients):
                 dial((host, port))
         await queued(listener, 7)
-        assert listener.statistics().backlog_limit == 3 * min(
-            4096, int(Path("/proc/sys/net/core/somaxconn").read_text())
-        )
+        assert listener.statistics().backlog_limit == 3 * min(4096, somaxconn())
         served = []
         for _ in range(7):
             stream = await listener.accept()
@@ -264,9 +273,8 @@ async def test_waiting_on_several_sockets(dial: Dial) -> None:
             stream.close()
 
 
-async def test_missing_loopback_address(
-    dial: Dial, monkeypatch: pytest.MonkeyPatch, nothing_left: None
-) -> None:
+@pytest.mark.usefixtures("nothing_left")
+async def test_missing_loopback_address(dial: Dial, monkeypatch: pytest.MonkeyPatch) -> None:
     """An IPv6 address of a name that this machine does not have is left out."""
     resolving(monkeypatch, {"localhost": ["2001:db8::1", "127.0.0.1"]})
     async with await listen("localhost", 0) as listener:
@@ -386,11 +394,11 @@ BAD: list[tuple[type[Exception], str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("kind", "names_it", "arguments"), BAD, ids=shown)
+@pytest.mark.usefixtures("nothing_left")
 async def test_bad_arguments(
     kind: type[Exception],
     names_it: str,
     arguments: dict[str, Any],
-    nothing_left: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -399,7 +407,7 @@ async def test_bad_arguments(
     resolving(monkeypatch, {})
     with pytest.raises(kind, match=names_it):
         (await listen(**arguments)).close()
-    assert list(tmp_path.iterdir()) == []
+    assert listing(tmp_path) == []
 
 
 BAD_UNIX: list[tuple[type[Exception], str, dict[str, Any]]] = [
@@ -416,11 +424,11 @@ BAD_UNIX: list[tuple[type[Exception], str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("kind", "names_it", "arguments"), BAD_UNIX, ids=shown)
+@pytest.mark.usefixtures("nothing_left")
 async def test_bad_unix_arguments(
     kind: type[Exception],
     names_it: str,
     arguments: dict[str, Any],
-    nothing_left: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -428,10 +436,11 @@ async def test_bad_unix_arguments(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(kind, match=names_it):
         (await listen(**arguments)).close()
-    assert list(tmp_path.iterdir()) == []
+    assert listing(tmp_path) == []
 
 
-async def test_taken_address_is_named(nothing_left: None) -> None:
+@pytest.mark.usefixtures("nothing_left")
+async def test_taken_address_is_named() -> None:
     """An address that somebody listens on is named, and those bound before it are closed."""
     with socket.create_server(("127.0.0.2", 0)) as taken:
         port = taken.getsockname()[1]
@@ -440,21 +449,24 @@ async def test_taken_address_is_named(nothing_left: None) -> None:
         assert caught.value.errno == errno.EADDRINUSE
 
 
-async def test_overlapping_addresses_are_named(nothing_left: None) -> None:
+@pytest.mark.usefixtures("nothing_left")
+async def test_overlapping_addresses_are_named() -> None:
     """Two addresses that cannot be listened on together are an error that names one."""
     with pytest.raises(OSError, match=r"0\.0\.0\.0|127\.0\.0\.1") as caught:
         await listen(["127.0.0.1", "0.0.0.0"], 0)  # noqa: S104 - the overlap is the point
     assert caught.value.errno == errno.EADDRINUSE
 
 
-async def test_foreign_address_is_named(nothing_left: None) -> None:
+@pytest.mark.usefixtures("nothing_left")
+async def test_foreign_address_is_named() -> None:
     """An address that is not this machine's is named."""
     with pytest.raises(OSError, match=r"192\.0\.2\.1") as caught:
         await listen("192.0.2.1", 0)
     assert caught.value.errno == errno.EADDRNOTAVAIL
 
 
-async def test_unknown_name(monkeypatch: pytest.MonkeyPatch, nothing_left: None) -> None:
+@pytest.mark.usefixtures("nothing_left")
+async def test_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that does not resolve is named."""
 
     async def getaddrinfo(*_arguments: object, **_options: object) -> list[Any]:
@@ -465,21 +477,22 @@ async def test_unknown_name(monkeypatch: pytest.MonkeyPatch, nothing_left: None)
         await listen(["nowhere.test"], 0)
 
 
-async def test_unknown_service(nothing_left: None) -> None:
+@pytest.mark.usefixtures("nothing_left")
+async def test_unknown_service() -> None:
     """A service that has no number is named."""
     with pytest.raises(OSError, match="no-such-service"):
         await listen("127.0.0.1", "no-such-service")
 
 
-async def test_no_hosts(nothing_left: None) -> None:
+@pytest.mark.usefixtures("nothing_left")
+async def test_no_hosts() -> None:
     """An empty sequence of hosts is an error, not a listener on nothing."""
     with pytest.raises((OSError, ValueError)):
         await listen([], 0)
 
 
-async def test_cancelled_resolution(
-    monkeypatch: pytest.MonkeyPatch, nothing_left: None
-) -> None:
+@pytest.mark.usefixtures("nothing_left")
+async def test_cancelled_resolution(monkeypatch: pytest.MonkeyPatch) -> None:
     """listen() can be cancelled while it resolves a name; nothing is left open."""
     asked = asyncio.Event()
 
@@ -499,12 +512,9 @@ async def test_cancelled_resolution(
 # -- Unix sockets
 
 
-@pytest.mark.parametrize(
-    "spell", [str, os.fsencode, Path], ids=["str", "bytes", "path"]
-)
-async def test_unix_path(
-    spell: Callable[[str], Any], tmp_path: Path, dial: Dial, nothing_left: None
-) -> None:
+@pytest.mark.parametrize("spell", [str, os.fsencode, Path], ids=["str", "bytes", "path"])
+@pytest.mark.usefixtures("nothing_left")
+async def test_unix_path(spell: Callable[[str], Any], tmp_path: Path, dial: Dial) -> None:
     """A Unix socket is listened on under any spelling of its path, and removed at the end."""
     path = str(tmp_path / "socket")
     async with await listen(path=spell(path)) as listener:
@@ -519,8 +529,8 @@ async def test_unix_path(
         stream.close()
         assert await wire_end(client) == "eof"
         client.close()
-        assert Path(path).is_socket()
-    assert not Path(path).exists()
+        assert listing(tmp_path) == ["socket"]
+    assert listing(tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", [str, bytes])
@@ -534,7 +544,7 @@ async def test_abstract_name(kind: type, dial: Dial, tmp_path: Path) -> None:
         assert stream.callee_id == name.encode()
         stream.close()
         assert await wire_end(client) == "eof"
-    assert list(tmp_path.iterdir()) == []
+    assert listing(tmp_path) == []
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o666, 0o660])
@@ -566,9 +576,8 @@ async def test_stale_file_is_replaced(tmp_path: Path, dial: Dial) -> None:
 
 
 @pytest.mark.parametrize("backlog", [0, 5])
-async def test_live_socket_is_refused(
-    tmp_path: Path, backlog: int, nothing_left: None
-) -> None:
+@pytest.mark.usefixtures("nothing_left")
+async def test_live_socket_is_refused(tmp_path: Path, backlog: int) -> None:
     """A path on which somebody listens is refused, also if the backlog there is full."""
     path = tmp_path / "socket"
     with socket.socket(socket.AF_UNIX) as live, contextlib.ExitStack() as stack:
@@ -606,7 +615,8 @@ async def test_our_own_live_socket_is_refused(tmp_path: Path, dial: Dial) -> Non
 
 
 @pytest.mark.parametrize("kind", ["file", "directory"])
-async def test_other_files_are_refused(kind: str, tmp_path: Path, nothing_left: None) -> None:
+@pytest.mark.usefixtures("nothing_left")
+async def test_other_files_are_refused(kind: str, tmp_path: Path) -> None:
     """A file that is no socket is refused, and left as it was."""
     path = tmp_path / "precious"
     path.write_text("data") if kind == "file" else path.mkdir()
@@ -637,12 +647,10 @@ async def test_removed_file_is_no_error(tmp_path: Path) -> None:
     path.unlink()
     listener.close()
     await listener.wait_closed()
-    assert list(tmp_path.iterdir()) == []
+    assert listing(tmp_path) == []
 
 
-async def test_relative_path_after_chdir(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_relative_path_after_chdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file given by a relative path is removed though the directory was changed."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -650,7 +658,7 @@ async def test_relative_path_after_chdir(
     listener = await listen(path="socket")
     monkeypatch.chdir(elsewhere)
     listener.close()
-    assert [each.name for each in tmp_path.iterdir()] == ["elsewhere"]
+    assert listing(tmp_path) == ["elsewhere"]
 
 
 # -- in front of Unix sockets
@@ -700,9 +708,7 @@ async def test_tcp_caller_has_no_credentials(listener: Listener[Stream], dial: D
 
 
 @pytest.mark.parametrize("name", ["path", "abstract"])
-async def test_unix_caller_with_a_name(
-    unix: Listener[Stream], tmp_path: Path, name: str
-) -> None:
+async def test_unix_caller_with_a_name(unix: Listener[Stream], tmp_path: Path, name: str) -> None:
     """A Unix caller that is bound is known by its name; an error carries it."""
     own = str(tmp_path / "caller") if name == "path" else f"\0caller-{os.getpid()}"
     expected = own if name == "path" else own.encode()
@@ -771,9 +777,7 @@ async def test_unix_caller_that_closed(
 
 
 @pytest.mark.parametrize("deferred", [False, True])
-async def test_unix_caller_that_withdrew(
-    tmp_path: Path, dial: Dial, *, deferred: bool
-) -> None:
+async def test_unix_caller_that_withdrew(tmp_path: Path, dial: Dial, *, deferred: bool) -> None:
     """Under on_eof="withdraw" a Unix caller that closed expires."""
     async with await listen(path=tmp_path / "socket", on_eof="withdraw") as listener:
         client = dial(listener)
@@ -818,15 +822,16 @@ async def test_unix_listener_closed(unix: Listener[Stream], dial: Dial) -> None:
 # -- from_socket
 
 
-async def test_from_socket(dial: Dial, nothing_left: None) -> None:
+@pytest.mark.usefixtures("nothing_left")
+async def test_from_socket(dial: Dial) -> None:
     """A listener made from a socket owns it, and takes whoever is queued already."""
     sock = socket.create_server(("127.0.0.1", 0))
     name = sock.getsockname()
     early = dial(name)
-    listener = Listener.from_socket(sock)
+    listener: Listener[Stream] = Listener.from_socket(sock)
     assert listener.sockname == name
     assert not sock.getblocking()
-    stream: Any = await listener.accept(accept, None)
+    stream = await listener.accept(accept, None)
     assert stream.caller_id == early.getsockname()
     stream.close()
     listener.close()
@@ -841,12 +846,13 @@ async def test_from_socket_options(dial: Dial) -> None:
     sock = socket.create_server(("127.0.0.1", 0))
     early = dial(sock.getsockname())
     await until(lambda: len(early.getpeername()) == 2)
-    options = [
+    options: list[tuple[int, int, int | bytes]] = [
         (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
         (socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 7)),
     ]
-    async with Listener.from_socket(sock, options=options) as listener:
-        stream: Any = await listener.accept()
+    opened: Listener[Stream] = Listener.from_socket(sock, options=options)
+    async with opened as listener:
+        stream = await listener.accept()
         of = stream.get_extra_info("socket").getsockopt
         assert of(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert of(socket.SOL_SOCKET, socket.SO_LINGER, 8) == struct.pack("ii", 1, 7)
@@ -859,10 +865,10 @@ async def test_from_unix_socket(tmp_path: Path, dial: Dial) -> None:
     sock = socket.socket(socket.AF_UNIX)
     sock.bind(str(path))
     sock.listen()
-    async with Listener.from_socket(sock) as listener:
+    opened: Listener[Stream] = Listener.from_socket(sock)
+    async with opened as listener:
         dial(listener)
-        stream: Any = await listener.accept()
-        stream.close()
+        (await listener.accept()).close()
     assert path.is_socket()
 
 
@@ -880,7 +886,8 @@ def replaced_by_a_pipe() -> Iterator[socket.socket]:
         os.close(sock.detach())
 
 
-async def test_from_a_pipe(nothing_left: None) -> None:
+@pytest.mark.usefixtures("nothing_left")
+async def test_from_a_pipe() -> None:
     """A descriptor that is no socket is a NotASocketError."""
     with replaced_by_a_pipe() as sock:
         with pytest.raises(NotASocketError) as caught:
@@ -897,14 +904,16 @@ async def test_from_a_closed_socket() -> None:
         Listener.from_socket(sock)
 
 
-async def test_from_something_else(nothing_left: None) -> None:
+@pytest.mark.usefixtures("nothing_left")
+async def test_from_something_else() -> None:
     """What is no socket object is a TypeError that shows it."""
     for bad in (5, None, "socket"):
         with pytest.raises(TypeError, match=repr(bad)):
             Listener.from_socket(bad)  # type: ignore[arg-type]
 
 
-async def test_from_a_socket_that_cannot_accept(nothing_left: None) -> None:
+@pytest.mark.usefixtures("nothing_left")
+async def test_from_a_socket_that_cannot_accept() -> None:
     """Datagram sockets, and stream sockets that do not listen, are refused and left open."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagram:
         with pytest.raises(NotStreamSocketError) as wrong:
@@ -930,12 +939,9 @@ BAD_FOR_A_SOCKET = [
 
 
 @pytest.mark.parametrize(("kind", "names_it", "arguments"), BAD_FOR_A_SOCKET, ids=shown)
+@pytest.mark.usefixtures("nothing_left")
 async def test_bad_arguments_of_from_socket(
-    kind: type[Exception],
-    names_it: str,
-    arguments: dict[str, Any],
-    nothing_left: None,
-    dial: Dial,
+    kind: type[Exception], names_it: str, arguments: dict[str, Any], dial: Dial
 ) -> None:
     """After an error from_socket() leaves the socket to its caller, usable."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
@@ -949,7 +955,8 @@ async def test_bad_arguments_of_from_socket(
 # -- the end
 
 
-async def test_close(dial: Dial, nothing_left: None) -> None:
+@pytest.mark.usefixtures("nothing_left")
+async def test_close(dial: Dial) -> None:
     """close() ends everything but the streams; facts of a closed listener are empty."""
     listener = await listen("127.0.0.1", 0)
     name = listener.sockname
@@ -989,15 +996,21 @@ async def test_sockets_are_to_look_at(listener: Listener[Stream]) -> None:
     assert len(listener.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)) == 8
 
 
-async def test_async_with(dial: Dial, nothing_left: None) -> None:
+@pytest.mark.usefixtures("nothing_left")
+async def test_async_with(dial: Dial) -> None:
     """``async with`` closes at its end, also when its body raises."""
-    with pytest.raises(ZeroDivisionError):
-        async with await listen("127.0.0.1", 0) as listener:
-            with dial(listener) as client:
+    listener = await listen("127.0.0.1", 0)
+
+    async def serve() -> None:
+        async with listener as same:
+            assert same is listener
+            with dial(listener):
                 with pytest.raises(ConnectionDeferredError):
                     await listener.accept(Condition(DEFER))
-                reset(client)
-            raise ZeroDivisionError
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await serve()
     assert listener.sockets == ()
     assert listener.pending == ()
 
@@ -1040,17 +1053,15 @@ async def test_wait_closed_waits_for_decisions(dial: Dial) -> None:
         await call
 
 
-async def test_forgotten_listener(nothing_left: None) -> None:
+@pytest.mark.usefixtures("nothing_left")
+async def test_forgotten_listener() -> None:
     """A listener that is dropped without close() warns, and its sockets are closed."""
-    listener = await listen("127.0.0.1", 0)
+    listeners = [await listen("127.0.0.1", 0)]
     with pytest.warns(ResourceWarning, match="unclosed listener"):
-        del listener
-        gc.collect()
+        drop(listeners)
 
 
-async def test_closed_listener_does_not_warn(
-    dial: Dial, recwarn: pytest.WarningsRecorder
-) -> None:
+async def test_closed_listener_does_not_warn(dial: Dial, recwarn: pytest.WarningsRecorder) -> None:
     """A listener that was closed is dropped in silence."""
     listener = await listen("127.0.0.1", 0)
     dial(listener)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -48,9 +47,13 @@ from tests.support import (
     queued,
     reject,
     reset,
+    somaxconn,
     until,
     wire_end,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
 MB = 1024 * 1024
 SOON = 0.005
@@ -77,8 +80,7 @@ class Held:
         """Hold, under names that tell the offer."""
         self.offers += 1
         for name in "abc":
-            label = f"{name}{self.offers}"
-            pending.hold(lambda label=label: self.released.append(label))
+            pending.hold(partial(self.released.append, f"{name}{self.offers}"))
 
     def then(
         self, end: Callable[[PendingTransport], Any]
@@ -111,6 +113,21 @@ def outcomes(listener: Listener[Any]) -> list[Outcome]:
     return seen
 
 
+async def offered(
+    listener: Listener[Any], kind: str, held: Held, end: Callable[[PendingTransport], Any]
+) -> Any:
+    """Make one offer in one of three ways."""
+    if kind == "nowait":
+        return listener.accept_nowait(held.then(end))
+    return await listener.accept(held.then(end) if kind == "plain" else held.later(end))
+
+
+def forget(things: list[Any]) -> None:
+    """Drop what is in the list."""
+    things.clear()
+    gc.collect()
+
+
 async def deferred(listener: Listener[Any], dial: Dial, *, data: bytes = b"") -> socket.socket:
     """Return a caller that was deferred."""
     client = dial(listener, data=data)
@@ -134,6 +151,12 @@ async def deciding(
 def bad_group(pending: PendingTransport) -> AnyVerdict:
     """Name a group that no listener has."""
     pending.group = "nobody"
+    return ACCEPT
+
+
+def groupless(pending: PendingTransport) -> AnyVerdict:
+    """Name no group after all."""
+    pending.group = None
     return ACCEPT
 
 
@@ -175,16 +198,13 @@ async def test_holds_of_an_offer_without_a_stream(
     await queued(listener, 1)
     for offer in (1, 2) if stays else (1,):
         with pytest.raises(error):
-            if kind == "nowait":
-                listener.accept_nowait(held.then(end))
-            else:
-                await listener.accept(held.then(end) if kind == "plain" else held.later(end))
+            await offered(listener, kind, held, end)
         assert held.released[-3:] == [f"{name}{offer}" for name in "cba"]
         assert len(held.released) == 3 * offer
         add_up(listener)
     assert len(listener.pending) == stays
     if stays:
-        stream = await listener.accept(lambda pending: setattr(pending, "group", None) or ACCEPT)
+        stream = await listener.accept(groupless)
         assert stream.caller_id == client.getsockname()
         stream.close()
     listener.close()
@@ -200,17 +220,16 @@ async def test_holds_of_a_stream(listener: Listener[Stream], dial: Dial, how: st
         await listener.accept(held.then(defer))
     assert held.released == ["c1", "b1", "a1"]
     held.released.clear()
-    stream = await listener.accept(held.then(accept))
+    streams = [await listener.accept(held.then(accept))]
     gc.collect()
     assert held.released == []
     if how == "close":
-        stream.close()
+        streams[0].close()
     elif how == "abort":
-        stream.abort()
+        streams[0].abort()
     elif how == "forget":
         with pytest.warns(ResourceWarning):
-            del stream
-            gc.collect()
+            forget(streams)
     else:
         listener.close()
         assert held.released == []
@@ -263,9 +282,7 @@ async def test_hold_is_released_behind_the_close(listener: Listener[Stream], dia
     add_up(listener)
 
 
-async def test_holds_when_the_decision_is_cancelled(
-    listener: Listener[Stream], dial: Dial
-) -> None:
+async def test_holds_when_the_decision_is_cancelled(listener: Listener[Stream], dial: Dial) -> None:
     """A decision that is cancelled releases its holds, and the next offer begins anew."""
     held = Held()
     dial(listener)
@@ -417,7 +434,7 @@ async def test_hold_belongs_to_an_offer(listener: Listener[Stream], dial: Dial) 
     """hold() outside of an offer is a RuntimeError, before, between and after them."""
     kept: list[PendingTransport] = []
 
-    def condition(pending: PendingTransport) -> AnyVerdict:
+    def condition(pending: PendingTransport) -> Any:
         kept.append(pending)
         return verdicts.pop(0)
 
@@ -483,6 +500,36 @@ async def test_release_that_accepts_keeps_the_order(
     add_up(listener)
 
 
+@pytest.mark.parametrize("end", [accept, reject, defer, lambda _: 7])
+async def test_release_that_closes_the_listener(
+    listener: Listener[Stream], dial: Dial, end: Callable[[PendingTransport], Any]
+) -> None:
+    """A release may close the listener; the connection it belonged to has one end all the same."""
+    seen = outcomes(listener)
+    client = dial(listener)
+
+    def condition(pending: PendingTransport) -> Any:
+        pending.hold(listener.close)
+        return end(pending)
+
+    if end is accept:
+        (await listener.accept(condition)).close()
+    else:
+        expected: dict[Any, type[Exception]] = {
+            reject: ConnectionRejectedError,
+            defer: ListenerClosedError,
+        }
+        with pytest.raises(expected.get(end, InvalidVerdictError)):
+            await listener.accept(condition)
+    assert listener.sockets == ()
+    assert await wire_end(client) == ("eof" if end is accept else "reset")
+    await until(lambda: seen)
+    await caught_up()
+    assert len(seen) == 1
+    add_up(listener)
+    assert listener.statistics().pending == 0
+
+
 # -- what becomes of an admission that takes time
 
 
@@ -514,9 +561,7 @@ async def test_holds_through_an_admission(slow: tuple[Listener[Stream], Any]) ->
 
 
 @pytest.mark.parametrize("taker", ["waits", "was cancelled", "nowait"])
-async def test_admission_that_fails(
-    slow: tuple[Listener[Stream], Any], taker: str
-) -> None:
+async def test_admission_that_fails(slow: tuple[Listener[Stream], Any], taker: str) -> None:
     """A caller that leaves during the admission is lost: told once, its holds released."""
     listener, gate = slow
     held = Held()
@@ -576,7 +621,7 @@ async def test_accepted_outcome(listener: Listener[Stream], dial: Dial) -> None:
     client = dial(listener)
     for reason in ("first", "second"):
         with pytest.raises(ConnectionDeferredError):
-            await listener.accept(lambda _, reason=reason: Defer(reason=reason))
+            await listener.accept(Condition(Defer(reason=reason)))
     await caught_up()
     assert seen == []
     stream = listener.accept_nowait(lambda _: Accept(reason="a friend"))
@@ -627,8 +672,7 @@ async def test_lost_outcomes(dial: Dial) -> None:
         "127.0.0.1", 0, on_eof="withdraw", defer_timeout=SOON, stream_factory=factory
     )
     seen = outcomes(listener)
-    reset(await deferred(listener, dial))
-    await until(lambda: len(seen) == 1)
+    reset(dial(listener))
     with pytest.raises(PendingResetError):
         await listener.accept(defer)
     await deferred(listener, dial)
@@ -656,7 +700,7 @@ async def test_lost_outcomes(dial: Dial) -> None:
     ]
     assert {each.verdict for each in seen} == {None}
     assert [each.loss for each in seen] == [each.status for each in seen]
-    assert [each.deferrals for each in seen] == [1, 1, 0, 0, 0]
+    assert [each.deferrals for each in seen] == [0, 1, 0, 0, 0]
     assert len({each.reason for each in seen}) == 5
     assert len({each.caller_id for each in seen}) == 5
 
@@ -729,14 +773,17 @@ async def test_on_settled_of_others(dial: Dial, status: Status) -> None:
     listener = await listen("127.0.0.1", 0, defer_timeout=timeout)
     seen: list[Outcome] = []
 
+    kept: list[PendingTransport] = []
+
     def condition(pending: PendingTransport) -> AnyVerdict:
+        kept.append(pending)
         pending.on_settled(seen.append)
         return DEFER
 
     client = dial(listener)
     with pytest.raises(ConnectionDeferredError):
         await listener.accept(condition)
-    (pending,) = listener.pending
+    (pending,) = kept
     if status is Status.REJECTED:
         with pytest.raises(ConnectionRejectedError):
             await listener.accept(reject)
@@ -779,7 +826,7 @@ async def test_settled_callback_may_call_back(listener: Listener[Stream], dial: 
 
 async def test_statistics(listener: Listener[Stream], dial: Dial) -> None:
     """The counts add up after every step, and say how things stand."""
-    limit = min(4096, int(Path("/proc/sys/net/core/somaxconn").read_text()))
+    limit = min(4096, somaxconn())
     now = listener.statistics()
     assert (now.taken, now.pending, now.streams, now.oldest_age) == (0, 0, 0, None)
     assert (now.backlog, now.backlog_limit) == (0, limit)
@@ -830,10 +877,9 @@ async def test_statistics_inside_a_condition(
     """A condition finds the connection it is asked about among the pending ones."""
     seen: list[tuple[int, tuple[PendingTransport, ...]]] = []
 
-    def look(pending: PendingTransport) -> AnyVerdict:
+    def look(_pending: PendingTransport) -> AnyVerdict:
         add_up(listener)
         seen.append((listener.statistics().pending, listener.pending))
-        assert pending.status is Status.DECIDING
         return ACCEPT
 
     async def look_later(pending: PendingTransport) -> AnyVerdict:
@@ -995,6 +1041,14 @@ async def test_expiry_wakes_an_accept_call(dial: Dial) -> None:
         add_up(listener)
 
 
+async def turn_to(listener: Listener[Any], task: asyncio.Future[Any]) -> None:
+    """Wait until the condition of *task* is being asked, or its connection has expired."""
+    await until(lambda: task.done() or listener.statistics().deciding)
+    if task.done():
+        with pytest.raises(PendingExpiredError):
+            await task
+
+
 @pytest.mark.parametrize("end", [accept, reject, defer])
 async def test_deadline_during_a_decision(
     dial: Dial, end: Callable[[PendingTransport], AnyVerdict]
@@ -1002,15 +1056,18 @@ async def test_deadline_during_a_decision(
     """A deadline that passes during a decision waits for it: only a deferral then expires."""
     async with await listen("127.0.0.1", 0, defer_timeout=SOON) as listener:
         seen = outcomes(listener)
-        client = dial(listener)
         go = asyncio.Event()
         loop = asyncio.get_running_loop()
-        with pytest.raises(ConnectionDeferredError):
-            await listener.accept(defer)
-        deadline = loop.time() + SOON
-        task = await deciding(listener, Held().later(end, go))
+        expired = -1
+        while listener.statistics().deciding == 0:
+            # On a busy machine the deadline may pass before the second decision begins.
+            expired += 1
+            client = await deferred(listener, dial)
+            deadline = loop.time() + SOON
+            task = asyncio.ensure_future(listener.accept(Held().later(end, go)))
+            await turn_to(listener, task)
         await until(lambda: loop.time() > deadline + SOON)
-        assert listener.statistics().expired == 0
+        assert listener.statistics().expired == expired
         go.set()
         if end is accept:
             stream = await task
@@ -1023,11 +1080,11 @@ async def test_deadline_during_a_decision(
         else:
             with pytest.raises(ConnectionDeferredError):
                 await task
-            await until(lambda: listener.statistics().expired == 1)
+            await until(lambda: listener.statistics().expired == expired + 1)
             assert await wire_end(client) == "reset"
-        await until(lambda: seen)
+        await until(lambda: len(seen) > expired)
         await caught_up()
-        assert len(seen) == 1
+        assert len(seen) == expired + 1
         add_up(listener)
 
 
@@ -1270,6 +1327,33 @@ async def test_stream_factory_that_raises(dial: Dial, *, nowait: bool) -> None:
         add_up(listener)
 
 
+async def test_stream_factory_that_calls_back(dial: Dial) -> None:
+    """A factory may accept the next one, and may close or abort the listener."""
+    nested: list[Stream] = []
+
+    def factory(stream: Stream) -> Stream:
+        nested.append(stream)
+        if len(nested) < 3:
+            listener.accept_nowait(accept)
+        elif len(nested) == 4:
+            listener.abort()
+        return stream
+
+    listener = await listen("127.0.0.1", 0, stream_factory=factory)
+    clients = [dial(listener) for _ in range(4)]
+    await queued(listener, 4)
+    first = await listener.accept()
+    assert [each.caller_id for each in nested] == [each.getsockname() for each in clients[:3]]
+    assert first is nested[0]
+    assert listener.statistics().accepted == 3
+    add_up(listener)
+    last = await listener.accept()
+    assert last.is_closing()
+    assert [await wire_end(client) for client in clients] == ["reset"] * 4
+    now = listener.statistics()
+    assert (now.accepted, now.streams) == (4, 0)
+
+
 async def test_state_and_callback_data(listener: Listener[Stream], dial: Dial) -> None:
     """State goes from the condition to the stream; callback data is that of the call."""
     marker = object()
@@ -1298,7 +1382,12 @@ async def test_state_reaches_the_factory(dial: Dial) -> None:
     """stream_factory finds the state on the stream."""
     async with await listen("127.0.0.1", 0, stream_factory=lambda each: each) as listener:
         dial(listener)
-        stream = await listener.accept(lambda pending: setattr(pending, "state", 5) or ACCEPT)
+
+        def condition(pending: PendingTransport) -> AnyVerdict:
+            pending.state = 5
+            return ACCEPT
+
+        stream = await listener.accept(condition)
         assert stream.state == 5
         stream.close()
 
@@ -1492,9 +1581,7 @@ async def test_pending_event_after_an_empty_look(
     await until(lambda: len(told) == 2)
 
 
-async def test_pending_event_for_a_loss(
-    listener: Listener[Stream], dial: Dial, told: Told
-) -> None:
+async def test_pending_event_for_a_loss(listener: Listener[Stream], dial: Dial, told: Told) -> None:
     """A loss to be told is due: PENDING, if it is armed."""
     client = dial(listener)
     await until(lambda: told)

@@ -1649,21 +1649,29 @@ async def test_r1_other_listener_is_free(
 
 @either
 @silent_or_not
+@pytest.mark.parametrize("before", [0, 1], ids=["first-offer", "deferred-before"])
 async def test_r2_close_and_accept(
-    listener: Listener[Stream], dial: Dial, take: Take, sent: bytes
+    listener: Listener[Stream], dial: Dial, take: Take, sent: bytes, before: int
 ) -> None:
     """A condition that closes the listener and accepts is obeyed: the stream works."""
     a, b = dial(listener, data=sent), dial(listener, data=sent)
     await queued(listener, 2)
 
-    def condition(_pending: PendingTransport) -> AnyVerdict:
+    def condition(pending: PendingTransport) -> AnyVerdict:
+        if pending.deferrals < before:
+            return DEFER
         listener.close()
         return ACCEPT
 
+    for _ in range(before):
+        with raises(ConnectionDeferredError, a.getsockname()):
+            await take(listener, condition)
     stream = await take(listener, condition)
     assert await wire_end(b) == "reset"
     assert listener.pending == ()
-    assert books(listener) == {"taken": 1, "offers": 1, "accepted": 1, "streams": 1}
+    counts = books(listener)
+    assert counts.pop("deferrals", 0) == before
+    assert counts == {"taken": 1, "offers": before + 1, "accepted": 1, "streams": 1}
     with raises(ListenerClosedError):
         await take(listener)
     await converse(stream, a, after=sent)
@@ -1823,8 +1831,8 @@ async def test_e2_as_of_the_accept(listener: Listener[Stream], dial: Dial, take:
     await queued(listener, 1)
     with raises(ConnectionDeferredError, client.getsockname()):
         await take(listener, defer)
-    handle.cancel()
     listener.on(Event.WRITE, after)
+    handle.cancel()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     client.sendall(b"hello")
 

@@ -113,6 +113,8 @@ class Accepting(Generic[T]):
         self._watchers: deque[asyncio.Future[bool]] = deque()  # wait_pending calls
         self._idle: list[asyncio.Future[None]] = []  # wait_closed calls
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._fresh: PendingTransport | None = None  # taken by a call that has it in hand
         self._streams: dict[int, weakref.ref[Stream]] = {}
         self.options: list[Option] = []
         self.closed = False
@@ -255,6 +257,13 @@ class Accepting(Generic[T]):
             if stream is not None:
                 stream.abort()
 
+    def undecided(self) -> tuple[PendingTransport, ...]:
+        """See `Listener.pending`."""
+        fresh = self._fresh
+        if fresh is None or fresh._kept or fresh._status is not Status.QUEUED:
+            return self._pending.undecided()
+        return (*self._pending.undecided(), fresh)
+
     @property
     def open_streams(self) -> int:
         """How many accepted connections are open."""
@@ -296,14 +305,11 @@ class Accepting(Generic[T]):
             pending = PendingTransport(cast("Arrival", _Nobody()), time.monotonic)
             self._book(pending, Status.RESET, error.reason)
             return pending
-        except AcceptError:
-            # Whoever else waits is told as well: nothing will wake them once it is over.
-            self._wake_one()
-            raise
         if not taken:
             return None
         pending = PendingTransport(taken[0], time.monotonic)
         self._ledger.taken += 1
+        self._fresh = pending
         if pending._arrival.hangup:
             self._look(pending)
         return pending
@@ -604,10 +610,12 @@ class Accepting(Generic[T]):
     def _set_timer(self) -> None:
         deadline = self._pending.next_deadline
         if self._timer is not None:
-            if deadline is None or self._timer.when() <= deadline:
+            if deadline is None or self._timer_at <= deadline:
                 return
             self._timer.cancel()
         if deadline is not None:
+            # Kept beside it: for a time that has come, uvloop gives a handle without when().
+            self._timer_at = deadline
             self._timer = self._loop.call_at(deadline, self._expire)
 
     def _expire(self) -> None:
@@ -688,6 +696,7 @@ class Accepting(Generic[T]):
 
     def _looked(self, pending: PendingTransport | None, error: BaseException | None = None) -> None:
         """Note the end of a call that looked at the deque, and at *pending* there."""
+        self._fresh = None
         if self._waiters or self._places or self._watchers:
             self._pass_on()
         if not self._signals.subscriptions:

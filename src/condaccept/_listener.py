@@ -301,12 +301,12 @@ class Listener(Generic[T]):
 
     @property
     def pending(self) -> tuple[PendingTransport, ...]:
-        """The connections on the deque that have no verdict yet, oldest first."""
-        return self._pending.undecided()
+        """The connections that were taken and have no verdict yet, oldest first."""
+        return self._accepting.undecided()
 
     def statistics(self) -> Statistics:
         """Return counts, and how things stand now."""
-        pending = self._pending.undecided()
+        pending = self._accepting.undecided()
         counts = self._ledger.counts
         backlog = None if self._accepting.closed else self._gate.backlog()
         return Statistics(

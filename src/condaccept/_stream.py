@@ -452,7 +452,12 @@ class Stream:
             self._deliver(subscription, event, error)
 
     def _deliver(self, subscription: Subscription, event: Event, error: OSError | None) -> None:
-        self._loop.call_soon(deliver, subscription, self, event, error)
+        self._loop.call_soon(self._told, subscription, event, error)
+
+    def _told(self, subscription: Subscription, event: Event, error: OSError | None) -> None:
+        # Of a stream that is gone by now, only that it ended is still true.
+        if event is Event.CLOSE or self._sock.fileno() >= 0:
+            deliver(subscription, self, event, error)
 
     # -- the socket
 

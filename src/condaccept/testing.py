@@ -136,18 +136,13 @@ class MemoryGate:
     def complete(self) -> None:
         """Complete the oldest admission."""
         connection, admission = self.admitting.pop(0)
-        sock = connection.own()
-        if admission.done():
-            sock.close()
-        else:
-            admission.set_result(sock)
+        admission.set_result(connection.own())
 
     def fail(self) -> None:
         """Let the oldest admission come to nothing: its caller has left."""
         connection, admission = self.admitting.pop(0)
         connection.own().close()
-        if not admission.done():
-            admission.set_exception(ConnectionResetError())
+        admission.set_exception(ConnectionResetError())
 
     @property
     def rejecting(self) -> int:
@@ -196,6 +191,7 @@ class MemoryGate:
             return arrival.own()
         admission: asyncio.Future[OwnedSocket] = self._loop.create_future()
         self.admitting.append((arrival, admission))
+        admission.add_done_callback(lambda _: self._dropped(arrival, admission))
         return admission
 
     def refuse(self, arrival: Connection, data: bytes) -> None:
@@ -217,10 +213,13 @@ class MemoryGate:
         self._farewells.close()
         while self._queue:
             self._queue.popleft().reset()
-        while self.admitting:
-            connection, admission = self.admitting.pop()
+        for _, admission in self.admitting:
             admission.cancel()
-            connection.own().close()
+
+    def _dropped(self, arrival: Connection, admission: asyncio.Future[OwnedSocket]) -> None:
+        if admission.cancelled() and (arrival, admission) in self.admitting:
+            self.admitting.remove((arrival, admission))
+            arrival.reset()
 
     def _unwatch(self, arrival: Connection) -> None:
         if arrival.watched:

@@ -89,7 +89,7 @@ class Farewells:
             self._end(farewell)
         elif not farewell.dry:
             self._loop.call_soon(self._go_on, farewell)
-        elif farewell.interest != interest:
+        elif farewell.interest != interest or interest & WRITE:
             self._watch.modify(fd, farewell.interest)
         else:
             self._watch.dry(fd)

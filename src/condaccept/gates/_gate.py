@@ -63,7 +63,11 @@ class Gate(Protocol, Generic[A]):
         """Call *changed* when the peer of an undecided connection leaves."""
 
     def admit(self, arrival: A) -> OwnedSocket | asyncio.Future[OwnedSocket]:
-        """Let a connection in: its socket, or a future of it, which may fail."""
+        """Let a connection in: its socket, or a future of it, which may fail.
+
+        The listener cancels the future when it has no use for the connection any more;
+        the gate then drops that.
+        """
 
     def refuse(self, arrival: A, data: bytes) -> None:
         """Refuse a connection; with *data*, the caller is to read that first."""

@@ -104,7 +104,11 @@ class HandshakeGate:
             if lane.kind.resets and lane.kind.linger is not None:
                 # Those the kernel has queued keep what they have: `linger` stays.
                 lane.kind.resets = False
-                set_linger(lane.sock, lane.kind.linger)
+                try:
+                    set_linger(lane.sock, lane.kind.linger)
+                except OSError:
+                    # Closed behind our back: nobody can inherit it.
+                    continue
 
     def setsockopt(self, option: Option) -> None:
         for lane in self._lanes:
@@ -127,10 +131,10 @@ class HandshakeGate:
 
     def waiting(self) -> bool:
         self._ready = []
-        if not (waiting := bool(self._poll.poll(0))):
-            for lane in self._lanes:
-                self._watch.dry(lane.fd)
-        return waiting
+        if self._poll.poll(0):
+            return True
+        self._dry()
+        return False
 
     def backlog(self) -> tuple[int, int] | None:
         try:
@@ -167,6 +171,8 @@ class HandshakeGate:
             if hangup:
                 ready.pop()
             self._ready = ready
+            if not ready:
+                self._dry()
             taken.append(Connection(fd, lane.kind, caller_id, hangup=hangup))
         return taken
 
@@ -198,6 +204,7 @@ class HandshakeGate:
         arrival.reset()
 
     def close(self) -> None:
+        _unshared.discard(self)
         self._farewells.close()
         for lane in self._lanes:
             self._watch.unregister(lane.fd)
@@ -206,6 +213,10 @@ class HandshakeGate:
             except OSError:
                 # Closed behind our back: the others still have to be.
                 continue
+
+    def _dry(self) -> None:
+        for lane in self._lanes:
+            self._watch.dry(lane.fd)
 
     def _unwatch(self, arrival: Connection) -> None:
         # Before the descriptor is closed: its number may come back at once.
@@ -216,8 +227,7 @@ class HandshakeGate:
         """Return the next listening socket that somebody waits on, by turns."""
         ready = self._ready or self._poll.poll(0)
         if not ready:
-            for lane in self._lanes:
-                self._watch.dry(lane.fd)
+            self._dry()
             return None
         self._ready = ready
         lanes = self._lanes
