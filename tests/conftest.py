@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +14,8 @@ from hypothesis import settings
 from condaccept import Listener, Stream, listen
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
     from tests.support import Dial
 
 # Deterministic: the same examples at every run, and no deadline, since no test is timed.
@@ -23,7 +24,8 @@ settings.load_profile("suite")
 
 
 def pytest_asyncio_loop_factories(
-    config: pytest.Config, item: pytest.Item
+    config: pytest.Config,  # noqa: ARG001 - the hook's form
+    item: pytest.Item,  # noqa: ARG001 - the same
 ) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Run every async test on both loops."""
     return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}

@@ -6,11 +6,13 @@ import asyncio
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from condaccept import ACCEPT, DEFER, REJECT, AnyVerdict, Listener, PendingTransport
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
 
 LIMIT = 10.0
 """Seconds after which an event that has to come counts as missing."""
@@ -19,7 +21,8 @@ LIMIT = 10.0
 class Dial(Protocol):
     """The `dial` fixture."""
 
-    def __call__(self, to: Listener[Any] | Any, *, data: bytes = b"") -> socket.socket: ...
+    def __call__(self, to: Listener[Any] | Any, *, data: bytes = b"") -> socket.socket:
+        """Connect to a listener, or to an address, and send *data*."""
 
 
 def accept(_pending: PendingTransport) -> AnyVerdict:
@@ -45,6 +48,7 @@ class Condition:
         self.offered: list[Any] = []
 
     def __call__(self, pending: PendingTransport) -> AnyVerdict:
+        """Note the offer and say the next verdict."""
         self.offered.append(pending.caller_id)
         return self._verdicts.pop(0)
 
@@ -52,7 +56,7 @@ class Condition:
 async def until(predicate: Callable[[], object]) -> None:
     """Let the loop turn until *predicate* holds."""
     async with asyncio.timeout(LIMIT):
-        while not predicate():
+        while not predicate():  # noqa: ASYNC110 - kernels and loops set no Event
             await asyncio.sleep(0)
 
 

@@ -381,12 +381,14 @@ async def test_wait_pending(place: Place) -> None:
     assert place.listener.statistics().taken == 3
 
 
-async def test_wait_pending_behind_a_deferral(place: Place) -> None:
+async def test_wait_pending_behind_a_deferral(place: Place, watch: Any) -> None:
     """Behind a deferred connection wait_pending() tells of a newcomer, once."""
     place.dial(b"")
     with pytest.raises(ConnectionDeferredError):
         await place.listener.accept(defer)
-    for _ in range(2):
+    # Without epoll a second newcomer looks like the first one, who is still in the backlog.
+    newcomers = 1 if watch is ReaderWatch and place.refused == "reset" else 3
+    for _ in range(newcomers):
         watching = asyncio.ensure_future(place.listener.wait_pending())
         await caught_up()
         assert not watching.done()
@@ -394,7 +396,7 @@ async def test_wait_pending_behind_a_deferral(place: Place) -> None:
         assert await ended(watching) is None
         with pytest.raises(ConnectionDeferredError):
             await place.listener.accept(defer)
-    for _ in range(3):
+    for _ in range(newcomers + 1):
         place.listener.accept_nowait().close()
 
 

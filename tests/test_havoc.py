@@ -30,6 +30,8 @@ from condaccept import (
     Stream,
     listen,
 )
+from condaccept._watch import ReaderWatch
+from condaccept.gates import HandshakeGate
 from condaccept.testing import MemoryGate, memory_listener
 from tests.support import descriptors, reset, until, wire_end
 
@@ -103,6 +105,7 @@ class Havoc:
 
     def __init__(self, kind: str, seed: int) -> None:
         self.kind = kind
+        self.is_tcp = kind in ("tcp", "reader")
         self.rng = random.Random(f"{kind} {seed}")  # noqa: S311 - a seeded sequence, no secret
         self.books = Books()
         self.callers: list[Caller] = []
@@ -118,6 +121,14 @@ class Havoc:
             options["on_eof"] = "withdraw"
         if self.kind == "tcp":
             self.listener = await listen("127.0.0.1", 0, **options)
+        elif self.kind == "reader":
+            timeout = options.pop("reject_timeout")
+            sock = socket.create_server(("127.0.0.1", 0))
+            self.listener = Listener(
+                lambda loop, watch: HandshakeGate(loop, watch, [sock], reject_timeout=timeout),
+                watch=ReaderWatch,
+                **options,
+            )
         elif self.kind == "unix":
             self.listener = await listen(path=f"\0condaccept havoc {id(self)}", **options)
         else:
@@ -146,7 +157,7 @@ class Havoc:
         if self.gate is not None:
             name = ("192.0.2.1", n)
             sock = self.gate.dial(name)
-        elif self.kind == "tcp":
+        elif self.is_tcp:
             name = f"127.0.{n // 200 + 1}.{n % 200 + 1}"
             sock = socket.socket()
             sock.bind((name, 0))
@@ -259,7 +270,7 @@ class Havoc:
 
     def name(self, pending: PendingTransport | Outcome | AcceptError) -> Any:
         """Return the name of the caller that something is about."""
-        return pending.caller_id[0] if self.kind == "tcp" else pending.caller_id
+        return pending.caller_id[0] if self.is_tcp else pending.caller_id
 
     def told(self, error: AcceptError | MishapError) -> None:
         """Note what a call has raised."""
@@ -398,7 +409,7 @@ class Havoc:
             while isinstance(seen, bytes):
                 assert outcomes[caller.name] in OURS
                 seen = await wire_end(caller.sock)
-            if self.kind == "tcp" and caller.name not in self.books.farewells:
+            if self.is_tcp and caller.name not in self.books.farewells:
                 status = outcomes.get(caller.name)
                 assert seen == "reset" or status is Status.ACCEPTED
             caller.sock.close()
@@ -418,7 +429,7 @@ def handles(loop: Any) -> tuple[int, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("kind", ["tcp", "unix", "slow"])
+@pytest.mark.parametrize("kind", ["tcp", "reader", "unix", "slow"])
 async def test_havoc(kind: str, seed: int) -> None:
     """After all kinds of trouble each connection has one end and nothing is left."""
     loop = asyncio.get_running_loop()

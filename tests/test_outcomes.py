@@ -605,7 +605,7 @@ async def test_admission_when_the_listener_closes(
             await caught_up()
         listener.close()
         assert held.released == ["c1", "b1", "a1"]
-        assert client.recv(1) == b""
+        assert await wire_end(client) == "eof"
     await caught_up()
     assert [each.status for each in seen] == [Status.CLOSED]
     assert listener.statistics().closed == 1

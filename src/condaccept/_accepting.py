@@ -372,6 +372,8 @@ class Accepting(Generic[T]):
         try:
             verdict = await awaitable
         except BaseException as error:
+            # No decision any more: a release below may close the listener.
+            del self._deciders[pending]
             if pending._status is Status.CLOSED:
                 # close() has cancelled this task; somebody else may have, too.
                 if task is not None and task.uncancel() > cancelling:
@@ -385,7 +387,7 @@ class Accepting(Generic[T]):
                 self._raised(pending, error)
             raise
         finally:
-            del self._deciders[pending]
+            self._deciders.pop(pending, None)
             self._decider_left()
         if pending._status is Status.CLOSED:
             # The condition has swallowed the cancellation by close().

@@ -33,6 +33,8 @@ HIGH: Final = 64 * 1024
 LOW: Final = 16 * 1024
 """Unsent bytes down to which it then waits: asyncio's own mark."""
 CHUNK: Final = 64 * 1024
+AT_ONCE: Final = 256 * 1024
+"""The most bytes that one read returns; recv(2) is given a buffer of that size."""
 IN_A_ROW: Final = 32
 """Operations that complete at once before one yields: without it a fast peer keeps a
 reading task running while every timer of the loop waits."""
@@ -122,7 +124,7 @@ class Stream:
     async def read(self, n: int = -1) -> bytes:
         """Return up to *n* bytes as soon as there are any; ``b""`` at the end of the stream.
 
-        With a negative *n*, everything up to the end of the stream.
+        At most 256 KiB at once. With a negative *n*, everything up to the end of the stream.
 
         Raises:
             RuntimeError: Another task is reading this stream.
@@ -168,6 +170,7 @@ class Stream:
 
     def _receive(self, n: int) -> bytes | None:
         """Read what is there; ``None``: nothing is, or it takes another look."""
+        n = min(n, AT_ONCE)
         try:
             data = self._sock.recv(n, socket.MSG_DONTWAIT)
         except BlockingIOError:

@@ -134,15 +134,25 @@ class MemoryGate:
         return theirs
 
     def complete(self) -> None:
-        """Complete the oldest admission."""
+        """Complete the oldest admission, unless the listener has dropped it meanwhile.
+
+        Raises:
+            IndexError: There is none.
+        """
         connection, admission = self.admitting.pop(0)
-        admission.set_result(connection.own())
+        if not admission.cancelled():
+            admission.set_result(connection.own())
 
     def fail(self) -> None:
-        """Let the oldest admission come to nothing: its caller has left."""
+        """Let the oldest admission come to nothing: its caller has left.
+
+        Raises:
+            IndexError: There is none.
+        """
         connection, admission = self.admitting.pop(0)
-        connection.own().close()
-        admission.set_exception(ConnectionResetError())
+        if not admission.cancelled():
+            connection.own().close()
+            admission.set_exception(ConnectionResetError())
 
     @property
     def rejecting(self) -> int:
@@ -217,9 +227,10 @@ class MemoryGate:
             admission.cancel()
 
     def _dropped(self, arrival: Connection, admission: asyncio.Future[OwnedSocket]) -> None:
-        if admission.cancelled() and (arrival, admission) in self.admitting:
-            self.admitting.remove((arrival, admission))
+        if admission.cancelled():
             arrival.reset()
+            if (arrival, admission) in self.admitting:
+                self.admitting.remove((arrival, admission))
 
     def _unwatch(self, arrival: Connection) -> None:
         if arrival.watched:
