@@ -35,6 +35,7 @@ ROOMS = [
     "_watch",
     "gates",
     "_stream",
+    "_deciding",
     "_accepting",
     "_open",
     "_listener",

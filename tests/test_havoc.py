@@ -123,7 +123,7 @@ class Havoc:
             self.listener = await listen("127.0.0.1", 0, **options)
         elif self.kind == "reader":
             timeout = options.pop("reject_timeout")
-            sock = socket.create_server(("127.0.0.1", 0))
+            sock = socket.create_server(("127.0.0.1", 0), backlog=CLIENTS)
             self.listener = Listener(
                 lambda loop, watch: HandshakeGate(loop, watch, [sock], reject_timeout=timeout),
                 watch=ReaderWatch,

@@ -1119,7 +1119,7 @@ async def test_no_defer_timeout(dial: Dial) -> None:
     """Without a defer_timeout there is no timer."""
     async with await listen("127.0.0.1", 0, defer_timeout=None) as listener:
         await deferred(listener, dial)
-        assert listener._accepting._timer is None
+        assert listener._deciding._timer is None
         (await listener.accept()).close()
 
 
@@ -1127,7 +1127,7 @@ async def test_closing_ends_the_timer(dial: Dial) -> None:
     """close() leaves no timer behind for what was deferred."""
     listener = await listen("127.0.0.1", 0, defer_timeout=1000)
     await deferred(listener, dial)
-    timer = listener._accepting._timer
+    timer = listener._deciding._timer
     assert timer is not None
     listener.close()
     assert timer.cancelled()

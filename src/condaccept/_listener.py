@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar, overload
 
-from condaccept._accepting import Accepting, OnEof
+from condaccept._accepting import Accepting
 from condaccept._events import Event, EventCallback, Outcome, Signals, Subscription
 from condaccept._ledger import Ledger, Statistics
 from condaccept._open import Host, UnixPath, absolute, open_tcp, open_unix, unlink
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
+    from condaccept._deciding import OnEof
     from condaccept._pending import Address
     from condaccept._stream import Stream
 
@@ -96,6 +97,7 @@ class Listener(Generic[T]):
             stream_factory=stream_factory,
             on_eof=on_eof,
         )
+        self._deciding = self._accepting.deciding
 
     @classmethod
     def from_socket(
@@ -143,11 +145,11 @@ class Listener(Generic[T]):
             on_eof=on_eof,
         )
         # Those the kernel has queued already have the options of before.
-        listener._accepting.options.extend(checked)
+        listener._deciding.options.extend(checked)
         return listener
 
     def __repr__(self) -> str:
-        how = "closed" if self._accepting.closed else repr(self.sockname)
+        how = "closed" if self._deciding.closed else repr(self.sockname)
         return f"<Listener {how} pending={len(self.pending)}>"
 
     # -- accepting
@@ -269,8 +271,8 @@ class Listener(Generic[T]):
         self._check_open()
         options = check_options([(level, name, value)])
         self._gate.setsockopt(options[0])
-        kept = [each for each in self._accepting.options if each[:2] != (level, name)]
-        self._accepting.options[:] = [*kept, *options]
+        kept = [each for each in self._deciding.options if each[:2] != (level, name)]
+        self._deciding.options[:] = [*kept, *options]
 
     @overload
     def getsockopt(self, level: int, name: int) -> int: ...
@@ -287,7 +289,7 @@ class Listener(Generic[T]):
     @property
     def sockets(self) -> tuple[TransportSocket, ...]:
         """The listening sockets, to look at; ``()`` once the listener is closed."""
-        if self._accepting.closed:
+        if self._deciding.closed:
             return ()
         return tuple(TransportSocket(sock) for sock in self._gate.sockets)
 
@@ -297,18 +299,18 @@ class Listener(Generic[T]):
 
         ``(host, port)`` for IPv4, four items for IPv6, a path for Unix.
         """
-        return None if self._accepting.closed else self._sockname
+        return None if self._deciding.closed else self._sockname
 
     @property
     def pending(self) -> tuple[PendingTransport, ...]:
         """The connections that were taken and have no verdict yet, oldest first."""
-        return self._accepting.undecided()
+        return self._deciding.undecided()
 
     def statistics(self) -> Statistics:
         """Return counts, and how things stand now."""
-        pending = self._accepting.undecided()
+        pending = self._deciding.undecided()
         counts = self._ledger.counts
-        backlog = None if self._accepting.closed else self._gate.backlog()
+        backlog = None if self._deciding.closed else self._gate.backlog()
         return Statistics(
             taken=self._ledger.taken,
             offers=self._ledger.offers,
@@ -324,7 +326,7 @@ class Listener(Generic[T]):
             oldest_age=pending[0].age if pending else None,
             rejecting=self._gate.rejecting,
             cut_short=self._gate.cut_short,
-            streams=self._accepting.open_streams,
+            streams=self._deciding.open_streams,
             backlog=None if backlog is None else backlog[0],
             backlog_limit=None if backlog is None else backlog[1],
         )
@@ -338,7 +340,7 @@ class Listener(Generic[T]):
         cancelled. The kernel resets those it had queued. A condition that closes the
         listener that asks it keeps its verdict.
         """
-        if not self._accepting.closed:
+        if not self._deciding.closed:
             self._accepting.close()
             if self._file is not None:
                 unlink(*self._file)
@@ -354,7 +356,7 @@ class Listener(Generic[T]):
     def abort(self) -> None:
         """Close, and abort the streams that were accepted."""
         self.close()
-        self._accepting.abort_streams()
+        self._deciding.abort_streams()
 
     async def __aenter__(self) -> Self:
         return self
@@ -369,15 +371,15 @@ class Listener(Generic[T]):
         await self.wait_closed()
 
     def __del__(self) -> None:
-        accepting = getattr(self, "_accepting", None)
-        if accepting is not None and not accepting.closed:
+        deciding = getattr(self, "_deciding", None)
+        if deciding is not None and not deciding.closed:
             warnings.warn(f"unclosed listener {self!r}", ResourceWarning, source=self, stacklevel=2)
             if not self._loop.is_closed():
                 # The collector may run in any thread; closing belongs to the loop's.
                 self._loop.call_soon_threadsafe(self.close)
 
     def _check_open(self) -> None:
-        if self._accepting.closed:
+        if self._deciding.closed:
             reason = "the listener is closed"
             raise ListenerClosedError(reason)
 
