@@ -126,7 +126,8 @@ class ReaderWatch:
     """The same over the loop's own readers and writers, where there is no epoll.
 
     Each is taken off when it has fired, and put back by `dry()` or `modify()`. A hangup
-    cannot be told from data here, so watching for it alone tells nothing.
+    cannot be told from data here, so watching for it alone tells nothing. Nor can a second
+    newcomer in a queue that nobody takes from, while the first is still there.
     """
 
     tells_hangup = False
