@@ -13,14 +13,15 @@ import inspect
 import os
 import socket
 from asyncio.trsock import TransportSocket
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from condaccept._events import Event, EventCallback, Signals, Subscription
 from condaccept._sockets import reset
 from condaccept._watch import HANGUP, READ, WRITE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Coroutine, Sequence
+    from types import TracebackType
 
     from condaccept._pending import Address
     from condaccept._sockets import OwnedSocket
@@ -33,6 +34,8 @@ HIGH: Final = 64 * 1024
 LOW: Final = 16 * 1024
 """Unsent bytes down to which it then waits: asyncio's own mark."""
 CHUNK: Final = 64 * 1024
+LINE: Final = 64 * 1024
+"""Bytes before a separator: asyncio's own limit."""
 AT_ONCE: Final = 256 * 1024
 """The most bytes that one read returns; recv(2) is given a buffer of that size."""
 IN_A_ROW: Final = 32
@@ -63,6 +66,7 @@ class Stream:
         "_end",
         "_ended",
         "_eof",
+        "_inbox",
         "_loop",
         "_paused",
         "_peer_error",
@@ -92,7 +96,8 @@ class Stream:
         self._watch = watch
         self.caller_id = caller_id
         self.state: Any = None
-        self._buffer = bytearray()
+        self._buffer = bytearray()  # unsent
+        self._inbox = bytearray()  # received in search of a separator, unread
         # Wait for the socket, in the watch:
         self._registered = False
         self._dry = False  # the last read took all there was
@@ -132,27 +137,168 @@ class Stream:
             OSError: The connection failed; ConnectionResetError if the peer reset it.
 
         Cancellation:
-            Safe for a positive *n*: what has come stays to be read. With a negative one
-            the bytes read so far are lost.
+            Safe: what has come stays to be read.
         """
         if self._reading:
-            await self._turn()
-            message = "read() was called while another task is reading this stream"
-            raise RuntimeError(message)
+            raise await self._two_readers()
         self._reading = True
         try:
-            if n >= 0:
-                return await self._read(n)
-            chunks = []
-            while chunk := await self._read(CHUNK):
-                chunks.append(chunk)
-            return b"".join(chunks)
+            if n < 0:
+                while await self._fill():
+                    pass
+                return self._take(len(self._inbox))
+            if self._inbox:
+                return await self._from_inbox(n)
+            return await self._read(n)
         except BaseException:
             # Whatever woke this call was meant for a reader that is no more.
             self._look_again()
             raise
         finally:
             self._reading = False
+
+    async def readexactly(self, n: int) -> bytes:
+        """Return exactly *n* bytes.
+
+        Raises:
+            asyncio.IncompleteReadError: The stream ended before; `partial` has what there
+                was, which is read now.
+            ValueError: *n* is negative.
+            RuntimeError, OSError: As `read()`.
+
+        Cancellation:
+            Safe: what has come stays to be read.
+        """
+        if n < 0:
+            message = f"the number of bytes to read cannot be negative, got {n}"
+            raise ValueError(message)
+        return await self._exclusively(self._exactly(n))
+
+    async def readuntil(self, separator: bytes = b"\n", *, limit: int = LINE) -> bytes:
+        """Return everything up to and including *separator*.
+
+        Args:
+            separator: Bytes, at least one.
+            limit: How many bytes may come before the separator.
+
+        Raises:
+            asyncio.IncompleteReadError: The stream ended before; `partial` has what there
+                was, which is read now.
+            asyncio.LimitOverrunError: More than *limit* bytes come before the separator;
+                they stay to be read, and `consumed` says how many of them cannot be part
+                of a separator.
+            ValueError: *separator* is empty.
+            RuntimeError, OSError: As `read()`.
+
+        Cancellation:
+            Safe: what has come stays to be read.
+        """
+        if not separator:
+            message = "the separator is at least one byte"
+            raise ValueError(message)
+        return await self._exclusively(self._until(bytes(separator), limit))
+
+    async def readline(self, *, limit: int = LINE) -> bytes:
+        """Return a line with its newline; what is left at the end of the stream, or ``b""``.
+
+        Raises:
+            ValueError: The line is longer than *limit*. As with asyncio's streams, what
+                was looked at is dropped, with the newline if that was found.
+            RuntimeError, OSError: As `read()`.
+
+        Cancellation:
+            Safe: what has come stays to be read.
+        """
+        return await self._exclusively(self._line(limit))
+
+    def __aiter__(self) -> Self:
+        """Iterate over the lines up to the end of the stream, as `readline()` gives them."""
+        return self
+
+    async def __anext__(self) -> bytes:
+        line = await self.readline()
+        if not line:
+            raise StopAsyncIteration
+        return line
+
+    async def _exclusively(self, reading: Coroutine[Any, Any, bytes]) -> bytes:
+        if self._reading:
+            reading.close()
+            raise await self._two_readers()
+        self._reading = True
+        try:
+            return await reading
+        except BaseException:
+            self._look_again()
+            raise
+        finally:
+            self._reading = False
+
+    async def _two_readers(self) -> RuntimeError:
+        await self._turn()
+        return RuntimeError("another task is reading this stream already")
+
+    async def _exactly(self, n: int) -> bytes:
+        while len(self._inbox) < n:
+            if not await self._fill():
+                await self._turn()
+                raise asyncio.IncompleteReadError(self._take(len(self._inbox)), n)
+        return await self._from_inbox(n)
+
+    async def _until(self, separator: bytes, limit: int) -> bytes:
+        searched = 0  # no separator begins before
+        while (found := self._inbox.find(separator, searched)) < 0:
+            searched = max(0, len(self._inbox) + 1 - len(separator))
+            if searched > limit:
+                await self._turn()
+                message = f"no separator within {limit} bytes"
+                raise asyncio.LimitOverrunError(message, searched)
+            if not await self._fill():
+                await self._turn()
+                raise asyncio.IncompleteReadError(self._take(len(self._inbox)), None)
+        if found > limit:
+            await self._turn()
+            message = f"the separator comes later than after {limit} bytes"
+            raise asyncio.LimitOverrunError(message, found)
+        return await self._from_inbox(found + len(separator))
+
+    async def _line(self, limit: int) -> bytes:
+        try:
+            return await self._until(b"\n", limit)
+        except asyncio.IncompleteReadError as error:
+            return error.partial
+        except asyncio.LimitOverrunError as error:
+            newline = self._inbox.startswith(b"\n", error.consumed)
+            self._take(error.consumed + 1 if newline else len(self._inbox))
+            raise ValueError(error.args[0]) from error
+
+    async def _fill(self) -> bool:
+        """Receive more; False at the end of the stream. Cancelled, it has lost nothing."""
+        data = await self._read(CHUNK)
+        self._inbox += data
+        return bool(data)
+
+    async def _from_inbox(self, n: int) -> bytes:
+        """Take bytes that have been received before."""
+        if self._closing or self._broken is not None:
+            raise await self._refusal()
+        if self._streak >= IN_A_ROW:
+            await self._turn()
+        self._streak += 1
+        return self._take(n)
+
+    def _take(self, n: int) -> bytes:
+        taken = bytes(self._inbox[:n])
+        del self._inbox[:n]
+        if self._eof and not self._inbox and not self._ended:
+            self._tell_end()
+        elif self._signals is not None:
+            self._signals.arm(Event.READ)
+            if self._inbox:
+                self._fire(self._signals, Event.READ)
+            else:
+                self._look_again()
+        return taken
 
     async def _read(self, n: int) -> bytes:
         if self._streak >= IN_A_ROW:
@@ -205,7 +351,8 @@ class Stream:
         if self._dry:
             self._watch.dry(self._sock.fileno())
         if self._eof:
-            self._tell_end()
+            if not self._inbox:
+                self._tell_end()
         elif self._signals is not None:
             self._signals.arm(Event.READ)
             self._look_again()
@@ -342,6 +489,22 @@ class Stream:
             reset(self._sock)
             self._wake_waiters()
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close and wait until that is done; after an exception, abort."""
+        if exc_type is None:
+            self.close()
+            await self.wait_closed()
+        else:
+            self.abort()
+
     def is_closing(self) -> bool:
         """Whether `close()` or `abort()` was called."""
         return self._closing
@@ -406,8 +569,10 @@ class Stream:
             return self._ended
         if event is Event.WRITE:
             return not self._buffer and not self._write_eof
-        if self._reading or self._eof:
+        if self._reading:
             return False
+        if self._inbox or self._eof:
+            return bool(self._inbox)
         try:
             # The end of the stream counts, while nobody has read it.
             self._peek()
@@ -430,7 +595,7 @@ class Stream:
 
     def _look_for_end(self) -> None:
         try:
-            if not self._peek():
+            if not self._peek() and not self._inbox:
                 self._tell_end()
         except BlockingIOError:
             self._watch.dry(self._sock.fileno())
