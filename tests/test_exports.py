@@ -34,6 +34,7 @@ ROOMS = [
     "_sockets",
     "_watch",
     "gates",
+    "_transports",
     "_stream",
     "_deciding",
     "_accepting",

@@ -32,6 +32,7 @@ __all__ = (
     "Option",
     "OwnedSocket",
     "RawSocket",
+    "Released",
     "apply_options",
     "backlog",
     "check_listening",
@@ -108,28 +109,33 @@ def classify(error: OSError) -> AcceptError:
     return classified
 
 
-class OwnedSocket(RawSocket):
-    """A connected socket that tells when its descriptor is gone, once.
+class Released:
+    """The part of a socket class that calls a release, once, when the descriptor is gone.
 
-    Nothing on the way of the data is overridden. It is made of the C class: the Python
-    half of `socket.socket` costs as much as a system call.
+    The classes made with it have the slot: two bases with slots of their own do not mix.
     """
 
-    __slots__ = ("_release",)
+    __slots__ = ()
     _release: Release | None
 
-    def own(self, release: Release) -> None:
+    def own(self, release: Release | None) -> None:
         """Have *release* called when the descriptor is closed or given away."""
-        self._release = release
+        self._release = release  # type: ignore[misc]
+
+    def disown(self) -> Release | None:
+        """Give the release back, to be called by somebody else."""
+        release: Release | None = getattr(self, "_release", None)
+        self._release = None  # type: ignore[misc]
+        return release
 
     def close(self) -> None:
         """Close the descriptor; then release."""
-        RawSocket.close(self)
+        super().close()  # type: ignore[misc]
         self._over()
 
     def detach(self) -> int:
         """Give the descriptor to the caller; then release."""
-        fd = RawSocket.detach(self)
+        fd: int = super().detach()  # type: ignore[misc]
         self._over()
         return fd
 
@@ -139,10 +145,19 @@ class OwnedSocket(RawSocket):
         self._over()
 
     def _over(self) -> None:
-        release: Release | None = getattr(self, "_release", None)
+        release = self.disown()
         if release is not None:
-            self._release = None
             release()
+
+
+class OwnedSocket(Released, RawSocket):
+    """A connected socket that tells when its descriptor is gone, once.
+
+    Nothing on the way of the data is overridden. It is made of the C class: the Python
+    half of `socket.socket` costs as much as a system call.
+    """
+
+    __slots__ = ("_release",)
 
 
 def raw_accept(sock: socket.socket) -> Callable[[], tuple[int, Address]]:

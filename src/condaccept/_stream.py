@@ -13,14 +13,16 @@ import inspect
 import os
 import socket
 from asyncio.trsock import TransportSocket
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
 
 from condaccept._events import Event, EventCallback, Signals, Subscription
 from condaccept._sockets import reset
+from condaccept._transports import HandedSocket, attach
 from condaccept._watch import HANGUP, READ, WRITE
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
+    from ssl import SSLContext
     from types import TracebackType
 
     from condaccept._pending import Address
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from condaccept._watch import Watch
 
 __all__ = ("Stream",)
+
+P = TypeVar("P", bound=asyncio.BaseProtocol)
 
 HIGH: Final = 64 * 1024
 """Unsent bytes above which `drain()` waits: asyncio's own mark."""
@@ -66,6 +70,7 @@ class Stream:
         "_end",
         "_ended",
         "_eof",
+        "_given",
         "_inbox",
         "_loop",
         "_paused",
@@ -111,6 +116,7 @@ class Stream:
         self._paused = False
         self._write_eof = False
         self._closing = False
+        self._given = False
         self._broken: OSError | None = None
         self._peer_error: OSError | None = None  # SO_ERROR, once taken
         self._ended = False  # CLOSE was told, or would have been
@@ -151,8 +157,7 @@ class Stream:
                 return await self._from_inbox(n)
             return await self._read(n)
         except BaseException:
-            # Whatever woke this call was meant for a reader that is no more.
-            self._look_again()
+            self._gave_up()
             raise
         finally:
             self._reading = False
@@ -229,10 +234,17 @@ class Stream:
         try:
             return await reading
         except BaseException:
-            self._look_again()
+            self._gave_up()
             raise
         finally:
             self._reading = False
+
+    def _gave_up(self) -> None:
+        """Tell the subscribers of what woke, or was received by, a call that is no more."""
+        if self._inbox and self._signals is not None:
+            self._fire(self._signals, Event.READ)
+        else:
+            self._look_again()
 
     async def _two_readers(self) -> RuntimeError:
         await self._turn()
@@ -246,6 +258,8 @@ class Stream:
         return await self._from_inbox(n)
 
     async def _until(self, separator: bytes, limit: int) -> bytes:
+        if self._closing or self._broken is not None:
+            raise await self._refusal()
         searched = 0  # no separator begins before
         while (found := self._inbox.find(separator, searched)) < 0:
             searched = max(0, len(self._inbox) + 1 - len(separator))
@@ -398,6 +412,10 @@ class Stream:
             self._paused = self._paused or len(self._buffer) > HIGH
             self._block()
 
+    async def _wait_flushed(self) -> None:
+        """Wait until something has changed about what is unsent."""
+        await self._wait()
+
     async def drain(self) -> None:
         """Wait until little enough is unsent: from above 64 KiB down to 16 KiB.
 
@@ -489,6 +507,80 @@ class Stream:
             reset(self._sock)
             self._wake_waiters()
 
+    # -- handing over
+
+    async def into_transport(
+        self,
+        protocol_factory: Callable[[], P],
+        *,
+        ssl: SSLContext | None = None,
+    ) -> tuple[asyncio.Transport, P]:
+        """Give the connection to a transport of the loop, and return that and its protocol.
+
+        What was written goes out first. Bytes that were received already go to the
+        protocol right after its ``connection_made()``. The stream is closed afterwards;
+        what is held for the connection is released when the transport closes it.
+
+        Args:
+            protocol_factory: As for ``loop.create_server()``.
+            ssl: Begin TLS, as the server.
+
+        Raises:
+            RuntimeError: A read is under way, or `write_eof()` was called, or *ssl* was
+                given and bytes were received already (look at them with
+                `PendingTransport.peek()` instead); nothing has changed.
+            ConnectionAbortedError: The stream was closed by this side.
+            OSError: The connection failed before, or the TLS handshake did; it is closed.
+            Exception: Whatever *protocol_factory* raised; the connection is closed.
+
+        Cancellation:
+            While unsent bytes go out: nothing has changed. Later: the connection is closed.
+        """
+        while self._buffer and self._broken is None and not self._closing:
+            await self._wait_flushed()
+        if self._broken is not None or self._closing:
+            raise await self._refusal()
+        if self._reading or self._write_eof:
+            why = "a read is under way" if self._reading else "write_eof() was called"
+            message = f"the stream cannot be handed over: {why}"
+            raise RuntimeError(message)
+        if ssl is not None and self._inbox:
+            message = f"{len(self._inbox)} bytes were read already: TLS cannot begin behind them"
+            raise RuntimeError(message)
+        if self._registered:
+            self._unregister()
+        release = self._sock.disown()
+        kind = self._sock.family, self._sock.type, self._sock.proto
+        sock = HandedSocket(*kind, self._sock.detach())
+        sock.own(release)
+        # Until now only the flags of each call said so; a transport's calls do not.
+        sock.setblocking(False)
+        self._closing = self._given = True
+        self._wake_waiters()
+        data, self._inbox = bytes(self._inbox), bytearray()
+        transport, protocol = await attach(self._loop, sock, protocol_factory, data, ssl)
+        return transport, cast("P", protocol)
+
+    async def into_streams(
+        self, *, ssl: SSLContext | None = None, limit: int = LINE
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Give the connection to a pair of asyncio's streams.
+
+        Args:
+            ssl: Begin TLS, as the server.
+            limit: The reader's limit, in bytes.
+
+        Raises:
+            Exception: As `into_transport()`.
+
+        Cancellation:
+            As `into_transport()`.
+        """
+        reader = asyncio.StreamReader(limit=limit, loop=self._loop)
+        protocol = asyncio.StreamReaderProtocol(reader, loop=self._loop)
+        transport, _ = await self.into_transport(lambda: protocol, ssl=ssl)
+        return reader, asyncio.StreamWriter(transport, protocol, reader, self._loop)
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -557,6 +649,8 @@ class Stream:
             self._fire(signals, Event.CLOSE, self._failure())
         if signals.wanted(Event.WRITE) and not self._buffer and not self._write_eof:
             self._fire(signals, Event.WRITE)
+        if self._inbox and not self._reading:
+            self._fire(signals, Event.READ)
         if signals.wanted(Event.READ) or signals.wanted(Event.CLOSE):
             if self._registered:
                 self._look_again()
@@ -680,6 +774,7 @@ class Stream:
             self._wake_waiters()
         if self._buffer:
             return
+        self._wake_waiters()
         self._blocked = False
         if self._closing:
             self._finish()
@@ -723,7 +818,8 @@ class Stream:
             fresh = OSError(broken.errno, broken.strerror)
             fresh.__cause__ = broken
             return fresh
-        return ConnectionAbortedError(errno.ECONNABORTED, "the stream was closed by this side")
+        how = "handed over" if self._given else "closed by this side"
+        return ConnectionAbortedError(errno.ECONNABORTED, f"the stream was {how}")
 
     async def _refusal(self) -> OSError:
         await self._turn()
