@@ -27,8 +27,10 @@ from condaccept._verdict import Accept, Defer, Reject, Verdict
 from condaccept.exceptions import (
     AcceptInProgressError,
     AcceptInterruptedError,
+    BuffersExhaustedError,
     ConditionNotCallableError,
     ConnectionDeferredError,
+    DescriptorsExhaustedError,
     InvalidVerdictError,
     NoPendingError,
 )
@@ -45,6 +47,9 @@ __all__ = ("Accepting",)
 
 T = TypeVar("T")
 
+REST: Final = 0.05
+"""Seconds between two looks for a free descriptor; Go's net/http begins with 0.005,
+ranch waits 0.1."""
 IN_A_ROW: Final = 64
 """Calls that complete at once before one yields to the loop."""
 
@@ -78,6 +83,7 @@ class Accepting(Generic[T]):
         self._source = source
         self._streak = 0
         self._news = False  # somebody came since the last accept call looked
+        self._resting: asyncio.TimerHandle | None = None  # no descriptors, a moment ago
         self._waiters: deque[asyncio.Future[bool]] = deque()  # accept calls
         self._places: deque[asyncio.Future[bool]] = deque()  # accept calls, at a bound
         self._watchers: deque[asyncio.Future[bool]] = deque()  # wait_pending calls
@@ -190,6 +196,8 @@ class Accepting(Generic[T]):
 
     def close(self) -> None:
         """See `Listener.close()`."""
+        if self._resting is not None:
+            self._resting.cancel()
         self.deciding.close()
         for waiters in (self._waiters, self._places, self._watchers):
             self._wake(waiters)
@@ -230,16 +238,33 @@ class Accepting(Generic[T]):
                 return pending
             if self._pending.full:
                 return None
-        return self.deciding.take()
+        try:
+            return self.deciding.take()
+        except (DescriptorsExhaustedError, BuffersExhaustedError):
+            self._rest()
+            raise
+
+    def _rest(self) -> None:
+        """Let nothing be due for a moment: asking at once would only fail again.
+
+        A descriptor that becomes free somewhere else in the process is told by nobody, so
+        a timer is all there is.
+        """
+        if self._resting is None:
+            self._resting = self._loop.call_later(REST, self._rested)
+
+    def _rested(self) -> None:
+        self._resting = None
+        if self._due():
+            self._became_due()
 
     def _due(self) -> bool:
         """Whether an accept call has something new to act on."""
-        head = self._pending.head()
-        if head is None:
-            return not self._pending.full and self._gate.waiting()
+        if self._pending.head() is None:
+            return self._resting is None and not self._pending.full and self._gate.waiting()
         # A head that was deferred is nothing new, and those behind it are out of reach: who
         # waits for them is told of their coming, once.
-        return head._status is not Status.DEFERRED or self._news
+        return self._pending.due() or self._news
 
     # -- waiting and waking
 
@@ -253,9 +278,10 @@ class Accepting(Generic[T]):
         self._streak = 0
         try:
             interrupted = await waiter
-        except asyncio.CancelledError:
-            if not waiter.cancelled():
-                # Woken, and cancelled before it could look: somebody else has to.
+        except BaseException:
+            # Cancelled, or its coroutine was closed.
+            if waiter.done() and not waiter.cancelled():
+                # Woken, and ended before it could look: somebody else has to.
                 self._pass_on()
             elif waiter in waiters:  # and not dropped since by whoever came to wake it
                 waiters.remove(waiter)
@@ -295,7 +321,8 @@ class Accepting(Generic[T]):
 
     def _wake(self, waiters: deque[asyncio.Future[bool]]) -> None:
         for waiter in waiters:
-            if not waiter.done():
+            # After the loop was closed there is nobody to wake.
+            if not waiter.done() and not self._loop.is_closed():
                 waiter.set_result(False)
         waiters.clear()
 

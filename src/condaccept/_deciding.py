@@ -8,6 +8,7 @@ on the deque was given back.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 import weakref
 from functools import partial
@@ -59,6 +60,7 @@ TO_COME: Final = object()
 """In the place of a stream: the gate has still to produce it."""
 _KEPT: Final = frozenset({Status.DEFERRED, Status.ADMITTED, *LOSSES})
 """What a connection that was never on the deque is put there for."""
+_NOTE: Final = " was rejected because of this."
 _IN_HAND: Final = object()
 """The taker of a connection that a call is about to be done with."""
 
@@ -105,6 +107,8 @@ class Deciding(Generic[T]):
         self._left_place = left_place
         self._fresh: PendingTransport | None = None  # taken, and in the hands of a call
         self._streams: dict[int, weakref.ref[Stream]] = {}
+        self._serial = 0
+        self._thread = threading.get_ident()
         self._idle: list[asyncio.Future[None]] = []  # wait_closed calls
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
@@ -139,7 +143,11 @@ class Deciding(Generic[T]):
         while not self.closed or any(task is not current_task() for task in self.deciders.values()):
             waiter = self._loop.create_future()
             self._idle.append(waiter)
-            await waiter
+            try:
+                await waiter
+            finally:
+                if waiter in self._idle:
+                    self._idle.remove(waiter)
 
     def abort_streams(self) -> None:
         """Abort every stream that is open."""
@@ -349,6 +357,8 @@ class Deciding(Generic[T]):
             self._pending.enter(pending, Status.QUEUED, 0.0)
         self._ledger.end_offer(pending)
         if not self.closed:
+            # Its peer may have left meanwhile, and the watch tells that once.
+            self._changed(pending)
             self._became_due()
 
     def _raised(self, pending: PendingTransport, error: BaseException) -> None:
@@ -356,22 +366,31 @@ class Deciding(Generic[T]):
         self._to(pending, Status.REJECTED)
         self._gate.refuse(pending._arrival, b"")
         self._ledger.settle(pending, Status.REJECTED, f"the condition raised {error!r}")
-        error.add_note(f"The connection from {pending.caller_id!r} was rejected because of this.")
+        # One exception object may be raised for many connections: it names the last.
+        notes = getattr(error, "__notes__", [])
+        notes[:] = [note for note in notes if not note.endswith(_NOTE)]
+        error.add_note(f"The connection from {pending.caller_id!r}{_NOTE}")
 
     # -- accepted
 
     def _deliver(self, pending: PendingTransport, sock: OwnedSocket, reason: str) -> object:
         """Make the stream of an accepted connection."""
-        fd = sock.fileno()
         pending._taker = _IN_HAND
-        sock.own(partial(self._over, fd, pending._release_holds()))
+        self._serial += 1
+        sock.own(partial(self._over, self._serial, pending._release_holds()))
         if self.options:
             inherit_options(sock, self.options)
-        stream = Stream(
-            sock, self._loop, self._watch, pending.caller_id, self._signals.subscriptions
-        )
+        try:
+            stream = Stream(
+                sock, self._loop, self._watch, pending.caller_id, self._signals.subscriptions
+            )
+        except OSError as error:
+            # The watch has no room for it.
+            self._fail(pending, f"the stream could not be made: {error}")
+            sock.close()
+            raise
         stream.state = pending.state
-        self._streams[fd] = weakref.ref(stream)
+        self._streams[self._serial] = weakref.ref(stream)
         if pending._callee_data:
             try:
                 stream.write(bytes(pending._callee_data))
@@ -383,17 +402,24 @@ class Deciding(Generic[T]):
             try:
                 result = self._stream_factory(stream)
             except BaseException as error:
+                self._fail(pending, f"stream_factory raised {error!r}")
                 stream.abort()
-                self._to(pending, Status.FAILED)
-                self._ledger.settle(pending, Status.FAILED, f"stream_factory raised {error!r}")
                 raise
         self._to(pending, Status.ACCEPTED)
         self._ledger.settle(pending, Status.ACCEPTED, reason)
         return result
 
-    def _over(self, fd: int, holds: Sequence[Release]) -> None:
+    def _fail(self, pending: PendingTransport, reason: str) -> None:
+        self._to(pending, Status.FAILED)
+        self._ledger.settle(pending, Status.FAILED, reason)
+
+    def _over(self, serial: int, holds: Sequence[Release]) -> None:
         """Note that an accepted connection's descriptor is gone."""
-        self._streams.pop(fd, None)
+        if threading.get_ident() != self._thread and not self._loop.is_closed():
+            # Collected as garbage, wherever the collector ran: releases are for this thread.
+            self._loop.call_soon_threadsafe(self._over, serial, holds)
+            return
+        self._streams.pop(serial, None)
         if holds:
             self._ledger.release(holds)
 
@@ -510,10 +536,10 @@ class Deciding(Generic[T]):
 
     def _decider_left(self) -> None:
         if self.closed:
-            for waiter in self._idle:
-                if not waiter.done():
+            idle, self._idle = self._idle, []
+            for waiter in idle:
+                if not waiter.done() and not self._loop.is_closed():
                     waiter.set_result(None)
-            self._idle.clear()
 
 
 def current_task() -> asyncio.Task[Any] | None:

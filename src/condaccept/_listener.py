@@ -43,7 +43,8 @@ class Listener(Generic[T]):
     """Takes connections and asks a condition about each before it lets it in.
 
     Made by `listen()`, or by `Listener.from_socket()`. Belongs to the event loop it was
-    made in, and to that loop's thread. ``async with`` closes it at the end.
+    made in, to that loop's thread and process: a forked child must not touch it, nor its
+    streams. ``async with`` closes it at the end.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Listener(Generic[T]):
         sockets = self._gate.sockets
         self._sockname: Address = sockets[0].getsockname() if sockets else None
         self._pending = PendingDeque(max_pending, max_deciding, defer_timeout)
-        self._ledger = Ledger(loop.call_soon, partial(_report, loop))
+        self._ledger = Ledger(partial(_call_soon, loop), partial(_report, loop))
         self._file: tuple[str | bytes, tuple[int, int]] | None = None
         self._accepting: Accepting[T] = Accepting(
             loop,
@@ -288,9 +289,14 @@ class Listener(Generic[T]):
 
     @property
     def sockets(self) -> tuple[TransportSocket, ...]:
-        """The listening sockets, to look at; ``()`` once the listener is closed."""
+        """The listening sockets; ``()`` once the listener is closed.
+
+        Asking for them makes them fit to be shared with another process, which costs each
+        later rejection a system call.
+        """
         if self._deciding.closed:
             return ()
+        self._gate.share()
         return tuple(TransportSocket(sock) for sock in self._gate.sockets)
 
     @property
@@ -338,7 +344,7 @@ class Listener(Generic[T]):
 
         Waiting calls end at once with `ListenerClosedError`, decisions under way are
         cancelled. The kernel resets those it had queued. A condition that closes the
-        listener that asks it keeps its verdict.
+        listener that asks it keeps its verdict, if it does so itself and not by a task.
         """
         if not self._deciding.closed:
             self._accepting.close()
@@ -496,7 +502,7 @@ async def listen(
     checked = check_options(options)
     _check_timeout("reject_timeout", reject_timeout)
     _check_limits(max_pending, max_deciding, defer_timeout, on_full, on_eof)
-    _check_address(host, port, path)
+    hosts = _check_address(host, port, path)
     for name, number, most in (
         ("backlog", backlog, INT_MAX),
         ("defer_accept", defer_accept, INT_MAX),
@@ -507,9 +513,9 @@ async def listen(
         message = "conditional_accept needs a gate before the handshake, which is not there yet"
         raise NotImplementedError(message)
     loop = asyncio.get_running_loop()
-    inode = None
+    inode = lingers = None
     if path is not None:
-        _check_unix(host, port, reuse_port=reuse_port, defer_accept=defer_accept)
+        _check_unix(host, port, family, reuse_port=reuse_port, defer_accept=defer_accept)
         sock, inode = open_unix(path, mode=mode, backlog=backlog, options=checked)
         sockets = [sock]
     else:
@@ -519,9 +525,9 @@ async def listen(
         if mode is not None:
             message = "mode is for the file of a Unix socket: give path="
             raise ValueError(message)
-        sockets = await open_tcp(
+        sockets, lingers = await open_tcp(
             loop,
-            host,
+            hosts,
             port,
             family=family,
             backlog=backlog,
@@ -532,7 +538,7 @@ async def listen(
     try:
         listener: Listener[Any] = Listener(
             lambda loop, watch: HandshakeGate(
-                loop, watch, sockets, reject_timeout=reject_timeout, unshared=True
+                loop, watch, sockets, reject_timeout=reject_timeout, lingers=lingers
             ),
             stream_factory=stream_factory,
             max_pending=max_pending,
@@ -552,15 +558,24 @@ async def listen(
     return listener
 
 
+def _call_soon(
+    loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *args: Any
+) -> None:
+    # A listener may be closed after its loop; then there is nobody left to call.
+    if not loop.is_closed():
+        loop.call_soon(callback, *args)
+
+
 def _report(loop: asyncio.AbstractEventLoop, message: str, error: BaseException) -> None:
     loop.call_exception_handler({"message": message, "exception": error})
 
 
-def _check_address(host: object, port: object, path: object) -> None:
+def _check_address(host: object, port: object, path: object) -> list[str | None]:
     hosts = [host] if host is None or isinstance(host, str) else host
     if isinstance(hosts, bytes) or not isinstance(hosts, Iterable):
         message = f"host is a name, an address, a sequence of them or None; got {host!r}"
         raise TypeError(message)
+    hosts = list(hosts)
     for each in hosts:
         if each is not None and not isinstance(each, str):
             message = f"host is a name, an address, a sequence of them or None; got {host!r}"
@@ -571,6 +586,7 @@ def _check_address(host: object, port: object, path: object) -> None:
     if path is not None and not isinstance(path, (str, bytes, os.PathLike)):
         message = f"path is the name of a Unix socket, got {path!r}"
         raise TypeError(message)
+    return hosts
 
 
 def _check_number(name: str, value: object, most: int) -> None:
@@ -585,10 +601,13 @@ def _check_number(name: str, value: object, most: int) -> None:
 
 
 def _check_unix(
-    host: Host, port: int | str | None, *, reuse_port: bool, defer_accept: int | None
+    host: Host, port: int | str | None, family: int, *, reuse_port: bool, defer_accept: int | None
 ) -> None:
     if host is not None or port is not None:
         message = "path is instead of host and port: give one or the other"
+        raise ValueError(message)
+    if family not in (socket.AF_UNSPEC, socket.AF_UNIX):
+        message = f"path is the name of a Unix socket, whose family is not {family!r}"
         raise ValueError(message)
     if reuse_port or defer_accept is not None:
         message = "reuse_port and defer_accept are for TCP: a Unix socket has neither"

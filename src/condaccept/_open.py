@@ -6,10 +6,11 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from condaccept._sockets import Option, apply_options
+from condaccept._sockets import Option, apply_options, inherit_reset, linger
 
 if TYPE_CHECKING:
     import asyncio
@@ -28,7 +29,7 @@ AddressInfo: TypeAlias = tuple[int, Any]
 
 async def open_tcp(
     loop: asyncio.AbstractEventLoop,
-    host: Host,
+    hosts: Sequence[str | None],
     port: int | str,
     *,
     family: int,
@@ -36,20 +37,28 @@ async def open_tcp(
     options: Sequence[Option],
     reuse_port: bool,
     defer_accept: int | None,
-) -> list[socket.socket]:
-    """Bind and listen on every address of *host*; all on one port number.
+) -> tuple[list[socket.socket], list[bytes] | None]:
+    """Bind and listen on every address of *hosts*; all on one port number.
+
+    On Linux connections inherit from the sockets that closing them is a reset; then the
+    SO_LINGER that each socket was to have is returned, too.
 
     Raises:
         OSError: An address could not be resolved or bound, which the message names; what
             had been opened is closed.
     """
-    addresses = await _resolve(loop, host, port, family)
+    addresses = await _resolve(loop, hosts, port, family)
     options = [*_tcp_options(reuse_port=reuse_port, defer_accept=defer_accept), *options]
     several = len(addresses) > 1 and addresses[0][1][1] == 0
     for attempt in range(PORT_TRIES if several else 1):
         sockets: list[socket.socket] = []
         try:
             _bind_all(sockets, addresses, options)
+            lingers = None
+            if sys.platform == "linux":
+                lingers = [linger(sock) for sock in sockets]
+                for sock in sockets:
+                    inherit_reset(sock)
             for sock in sockets:
                 _listen(sock, backlog)
         except BaseException as error:
@@ -60,14 +69,13 @@ async def open_tcp(
             if several and error.errno == errno.EADDRINUSE and attempt < PORT_TRIES - 1:
                 continue
             raise
-        return sockets
+        return sockets, lingers
     raise AssertionError
 
 
 async def _resolve(
-    loop: asyncio.AbstractEventLoop, host: Host, port: int | str, family: int
+    loop: asyncio.AbstractEventLoop, hosts: Sequence[str | None], port: int | str, family: int
 ) -> list[AddressInfo]:
-    hosts: Iterable[str | None] = [host] if host is None or isinstance(host, str) else host
     found: dict[AddressInfo, None] = {}
     for each in hosts:
         # "" is every address, as for asyncio.

@@ -165,7 +165,7 @@ class CalleeData:
         Raises:
             CalleeDataError: *data* is longer than `capacity`; nothing was replaced.
         """
-        data = bytes(data)
+        data = bytes(memoryview(data))  # bytes(5) would be five zeros
         if len(data) > self.capacity:
             reason = f"callee data of {len(data)} bytes is over the capacity of {self.capacity}"
             raise CalleeDataError(reason)
@@ -177,7 +177,7 @@ class CalleeData:
         Raises:
             CalleeDataError: That would be more than `capacity`; nothing was appended.
         """
-        self.set(self._data + bytes(data))
+        self.set(self._data + bytes(memoryview(data)))
 
     def __bytes__(self) -> bytes:
         return self._data

@@ -41,6 +41,7 @@ __all__ = (
     "credentials",
     "inherit_options",
     "inherit_reset",
+    "linger",
     "peer",
     "raw_accept",
     "reset",
@@ -238,16 +239,20 @@ def set_linger(sock: RawSocket, linger: bytes) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
 
-def inherit_reset(sock: socket.socket) -> bytes:
-    """Have connections accepted from *sock* reset when closed; return the linger of before.
+def linger(sock: socket.socket) -> bytes:
+    """Return the two integers of SO_LINGER."""
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, len(LINGER_RESET))
 
-    Linux copies SO_LINGER when the handshake completes. That saves a system call for each
-    rejection, and it destroys unsent data on every connection whose linger nobody puts
-    right again: whoever else accepts from this socket has to be kept from it.
+
+def inherit_reset(sock: socket.socket) -> None:
+    """Have connections accepted from *sock* reset when closed.
+
+    Linux copies SO_LINGER when the handshake completes, so this is for before listen(2).
+    It saves a system call for each rejection, and it destroys unsent data on every
+    connection whose linger nobody puts right again: whoever else accepts from this socket
+    has to be kept from it.
     """
-    asked = sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, len(LINGER_RESET))
     set_linger(sock, LINGER_RESET)
-    return asked
 
 
 def credentials(sock: RawSocket) -> Credentials | None:

@@ -12,13 +12,15 @@ import errno
 import inspect
 import os
 import socket
+import warnings
+import weakref
 from asyncio.trsock import TransportSocket
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
 
 from condaccept._events import Event, EventCallback, Signals, Subscription
 from condaccept._sockets import reset
 from condaccept._transports import HandedSocket, attach
-from condaccept._watch import HANGUP, READ, WRITE
+from condaccept._watch import HANGUP, READ, URGENT, WRITE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -106,7 +108,7 @@ class Stream:
         # Wait for the socket, in the watch:
         self._registered = False
         self._dry = False  # the last read took all there was
-        self._end = False  # a hangup was told: short reads prove nothing any more
+        self._end = False  # a hangup or an urgent byte was told: short reads prove nothing
         self._blocked = False  # a send met EAGAIN
         self._reader: asyncio.Future[None] | None = None
         self._waiters: list[asyncio.Future[None]] = []  # in drain() and wait_closed()
@@ -125,6 +127,18 @@ class Stream:
         if inherited:
             self._signals = Signals(inherited)
             self._subscribe(self._signals)
+
+    def __del__(self) -> None:
+        # Forgotten. The socket goes to the loop's thread: collectors run in any, and the
+        # number of its descriptor must not come back before the watch has let go of it.
+        sock = getattr(self, "_sock", None)
+        if sock is None or sock.fileno() < 0:
+            return
+        warnings.warn(f"unclosed stream {self!r}", ResourceWarning, source=self, stacklevel=2)
+        if self._loop.is_closed():
+            sock.close()
+        else:
+            self._loop.call_soon_threadsafe(_close, sock, self._watch if self._registered else None)
 
     def __repr__(self) -> str:
         how = "closed" if self._sock.fileno() < 0 else "closing" if self._closing else "open"
@@ -347,18 +361,27 @@ class Stream:
         if not data and self._peer_error is not None:
             self._break(self._peer_error)
             return None
-        # All there was has been read; but a FIN that came with it gives no further edge.
-        self._dry = self._registered and 0 < len(data) < n and not self._end
+        # A short read has taken all there was, unless it stopped for another reason: at an
+        # urgent byte, or, on a Unix socket, at descriptors that were sent along. And a FIN
+        # that came with the data gives no further edge.
+        self._dry = (
+            self._registered
+            and 0 < len(data) < n
+            and not self._end
+            and self._sock.proto == socket.IPPROTO_TCP
+        )
         self._after_read(data)
         return data
 
     async def _readable(self) -> None:
         self._reader = self._loop.create_future()
         self._streak = 0
+        _needed.add(self)
         try:
             await self._reader
         finally:
             self._reader = None
+            self._let_go()
 
     def _after_read(self, data: bytes) -> None:
         self._eof = not data
@@ -505,6 +528,7 @@ class Stream:
             if self._registered:
                 self._unregister()
             reset(self._sock)
+            _needed.discard(self)
             self._wake_waiters()
 
     # -- handing over
@@ -556,6 +580,7 @@ class Stream:
         # Until now only the flags of each call said so; a transport's calls do not.
         sock.setblocking(False)
         self._closing = self._given = True
+        _needed.discard(self)
         self._wake_waiters()
         data, self._inbox = bytes(self._inbox), bytearray()
         transport, protocol = await attach(self._loop, sock, protocol_factory, data, ssl)
@@ -645,6 +670,7 @@ class Stream:
 
     def _subscribe(self, signals: Signals) -> None:
         """Tell new subscribers what is so, and have them told of what comes."""
+        _needed.add(self)
         if self._ended:
             self._fire(signals, Event.CLOSE, self._failure())
         if signals.wanted(Event.WRITE) and not self._buffer and not self._write_eof:
@@ -727,7 +753,15 @@ class Stream:
         return READ | WRITE if self._blocked else READ
 
     def _register(self) -> None:
-        self._watch.register(self._sock.fileno(), self._interest(), self._ready)
+        # Not a reference: a stream that everybody has forgotten has to end.
+        mine = weakref.ref(self)
+
+        def ready(events: int) -> None:
+            stream = mine()
+            if stream is not None:
+                stream._ready(events)
+
+        self._watch.register(self._sock.fileno(), self._interest(), ready)
         self._registered = True
 
     def _unregister(self) -> None:
@@ -736,7 +770,7 @@ class Stream:
 
     def _ready(self, events: int) -> None:
         """Act on an edge of the watch: a hint, nothing is decided by it."""
-        if events & HANGUP:
+        if events & (HANGUP | URGENT):
             self._end = True
         if events & (READ | HANGUP):
             self._dry = False
@@ -750,6 +784,7 @@ class Stream:
         if self._blocked:
             return
         self._blocked = True
+        _needed.add(self)
         if self._signals is not None:
             self._signals.arm(Event.WRITE)
         if self._registered:
@@ -776,6 +811,7 @@ class Stream:
             return
         self._wake_waiters()
         self._blocked = False
+        self._let_go()
         if self._closing:
             self._finish()
             return
@@ -798,6 +834,7 @@ class Stream:
         self._broken = error
         self._buffer.clear()
         self._blocked = False
+        self._let_go()
         self._wake_reader()
         self._wake_waiters()
         if not self._closing:
@@ -808,6 +845,7 @@ class Stream:
             if self._registered:
                 self._unregister()
             self._sock.close()
+            _needed.discard(self)
             if self._waiters:
                 self._wake_waiters()
 
@@ -835,21 +873,44 @@ class Stream:
         waiter = self._loop.create_future()
         self._waiters.append(waiter)
         self._streak = 0
+        _needed.add(self)
         try:
             await waiter
         finally:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Be collected as garbage when nobody has this stream any more, if nothing is on."""
+        if self._sock.fileno() < 0 or not (
+            self._reader is not None or self._waiters or self._blocked or self._signals is not None
+        ):
+            _needed.discard(self)
 
     def _wake_reader(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
+        reader = self._reader
+        # After the loop was closed there is nobody to wake.
+        if reader is not None and not reader.done() and not self._loop.is_closed():
+            reader.set_result(None)
 
     def _wake_waiters(self) -> None:
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
-            if not waiter.done():
+            if not waiter.done() and not self._loop.is_closed():
                 waiter.set_result(None)
+
+
+_needed: Final[set[Stream]] = set()
+"""Streams that somebody waits on, that have something to send or someone to tell: asyncio
+has but weak references to tasks, so these would be collected with the task that waits."""
+
+
+def _close(sock: OwnedSocket, watch: Watch | None) -> None:
+    """Close the socket of a forgotten stream."""
+    if watch is not None:
+        watch.unregister(sock.fileno())
+    sock.close()
 
 
 def check_callback(callback: EventCallback) -> None:

@@ -89,7 +89,7 @@ class Defer:
     after: float | None = attrs.field(default=None, validator=_seconds)
     until_bytes: int | None = attrs.field(default=None)
     within: float | None = attrs.field(default=None, validator=_seconds)
-    until_free: bool = False
+    until_free: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
     reason: str = attrs.field(default="deferred by the condition", validator=_text)
 
     @until_bytes.validator

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ("HANGUP", "READ", "WRITE", "EpollWatch", "ReaderWatch", "Watch", "open_watch")
+__all__ = ("HANGUP", "READ", "URGENT", "WRITE", "EpollWatch", "ReaderWatch", "Watch", "open_watch")
 
+URGENT: Final = 0x002
+"""An urgent byte has come: EPOLLPRI. Always watched for."""
 READ: Final = 0x001
 """Something to read, or to accept: EPOLLIN."""
 WRITE: Final = 0x004
@@ -28,6 +30,11 @@ WRITE: Final = 0x004
 HANGUP: Final = 0x2000 | 0x008 | 0x010
 """The peer sends no more, or is gone: EPOLLRDHUP, EPOLLERR, EPOLLHUP."""
 
+_ALWAYS: Final[int] = (
+    getattr(select, "EPOLLPRI", 0)
+    | getattr(select, "EPOLLRDHUP", 0)
+    | getattr(select, "EPOLLET", 0)
+)
 BATCH: Final = 64
 """Events handled before the loop's other readers have their turn; `select.epoll` asks for
 at least as many by itself, libuv for 1024."""
@@ -78,11 +85,11 @@ class EpollWatch:
         self._close_if_idle()
 
     def register(self, fd: int, events: int, callback: Callback) -> None:
-        self._open().register(fd, events | select.EPOLLRDHUP | select.EPOLLET)
+        self._open().register(fd, events | _ALWAYS)
         self._callbacks[fd] = callback
 
     def modify(self, fd: int, events: int) -> None:
-        self._open().modify(fd, events | select.EPOLLRDHUP | select.EPOLLET)
+        self._open().modify(fd, events | _ALWAYS)
 
     def unregister(self, fd: int) -> None:
         if self._callbacks.pop(fd, None) is None or self._epoll is None:

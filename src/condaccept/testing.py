@@ -164,6 +164,9 @@ class MemoryGate:
         """How many refused connections could not be given the time to read why."""
         return self._farewells.cut_short
 
+    def share(self) -> None:
+        """There is nothing to share."""
+
     def setsockopt(self, option: Option) -> None:
         """Refuse: there is no listening socket."""
         raise OSError(errno.ENOTSOCK, f"there is no socket to set {option!r} on")

@@ -8,10 +8,11 @@ import socket
 from asyncio.trsock import TransportSocket
 from typing import TYPE_CHECKING, Any, Final
 
+from condaccept._pending import Peer
 from condaccept._sockets import OwnedSocket, RawSocket, credentials, peer, reset, set_linger
 
 if TYPE_CHECKING:
-    from condaccept._pending import Address, Credentials, Peer
+    from condaccept._pending import Address, Credentials
 
 __all__ = ("CALLEE_DATA_CAPACITY", "Connection", "Kind")
 
@@ -84,10 +85,12 @@ class Connection:
         return peer(self.sock, tcp=self._kind.tcp)
 
     def peek(self, n: int) -> bytes:
+        if self.peer() is Peer.GONE:
+            # A peek would take the pending error, and a later read see a plain end.
+            return b""
         try:
             return self.sock.recv(n, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except (BlockingIOError, ConnectionResetError):
-            # Reset: the next look at the peer says so, by the state and not by an error.
             return b""
 
     def consume(self, n: int) -> bytes:

@@ -58,16 +58,26 @@ class Farewells:
         farewell = _Farewell(sock, data)
         if farewell.advance():
             return
-        if self._closed or len(self._open) >= AT_ONCE or self._timeout == 0:
+        late = self._closed or len(self._open) >= AT_ONCE or self._timeout == 0
+        if late or not self._register(farewell):
             # What can be done at once is done: the bytes are on their way, the end of the
             # stream is, and nothing the caller had sent so far turns it into a reset.
             self.cut_short += 1
             sock.close()
             return
         self._open[farewell] = 0.0 if self._timeout is None else self._loop.time() + self._timeout
-        self._watch.register(sock.fileno(), farewell.interest, lambda _: self._go_on(farewell))
         if self._timer is None and self._timeout is not None:
             self._timer = self._loop.call_later(self._timeout, self._time_over)
+
+    def _register(self, farewell: _Farewell) -> bool:
+        try:
+            self._watch.register(
+                farewell.sock.fileno(), farewell.interest, lambda _: self._go_on(farewell)
+            )
+        except OSError:
+            # fs.epoll.max_user_watches, or no memory.
+            return False
+        return True
 
     def close(self) -> None:
         """End all of them; whoever has not read its data by now is reset.

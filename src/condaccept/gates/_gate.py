@@ -36,6 +36,9 @@ class Gate(Protocol, Generic[A]):
     def cut_short(self) -> int:
         """How many refused connections could not be given the time to read why."""
 
+    def share(self) -> None:
+        """Make the listening sockets fit to be accepted from by somebody else, too."""
+
     def setsockopt(self, option: Option) -> None:
         """Set an option on the listening sockets."""
 

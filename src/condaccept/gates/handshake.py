@@ -20,6 +20,7 @@ from condaccept._sockets import (
     backlog,
     classify,
     inherit_reset,
+    linger,
     raw_accept,
     set_linger,
 )
@@ -58,9 +59,10 @@ class _Lane:
 class HandshakeGate:
     """Takes finished connections from listening sockets, which it owns.
 
-    With *unshared*, nobody else accepts from them. Then a rejection costs one system call
-    less, since connections inherit from the socket that closing them is a reset; what is
-    admitted is put right first. A fork of the process ends that.
+    With *lingers*, each socket has been made to let connections inherit that closing them
+    is a reset (see `inherit_reset()`), which saves a rejection a system call. Then nobody
+    else may accept from the sockets; *lingers* is what an admitted connection gets instead.
+    `share()` ends that, and so does a fork of the process.
     """
 
     def __init__(
@@ -70,12 +72,13 @@ class HandshakeGate:
         sockets: Sequence[socket.socket],
         *,
         reject_timeout: float | None = 5.0,
-        unshared: bool = False,
+        lingers: Sequence[bytes] | None = None,
     ) -> None:
         self.sockets = tuple(sockets)
         self._watch = watch
         self._farewells = Farewells(loop, watch, reject_timeout)
         self._lanes = deque(_Lane(sock) for sock in sockets)
+        self._first = self._lanes[0]
         # Asking is a fifth of the price of an accept(2) that says EAGAIN, and it tells
         # EMFILE with somebody waiting from EMFILE with nobody: Linux looks for a free
         # descriptor before it looks at the queue.
@@ -84,10 +87,10 @@ class HandshakeGate:
         for lane in self._lanes:
             lane.sock.setblocking(False)
             self._poll.register(lane.fd, select.POLLIN)
-            if unshared and lane.kind.tcp and sys.platform == "linux":
-                lane.kind.linger = inherit_reset(lane.sock)
+        if lingers is not None:
+            for lane, asked in zip(self._lanes, lingers, strict=True):
+                lane.kind.linger = asked
                 lane.kind.resets = True
-        if unshared:
             _unshared.add(self)
 
     @property
@@ -114,10 +117,12 @@ class HandshakeGate:
         for lane in self._lanes:
             apply_options(lane.sock, [option])
             if lane.kind.linger is not None and option[:2] == _SO_LINGER:
-                lane.kind.linger = inherit_reset(lane.sock)
+                lane.kind.linger = linger(lane.sock)
+                if lane.kind.resets:
+                    inherit_reset(lane.sock)
 
     def getsockopt(self, level: int, name: int, buflen: int) -> int | bytes:
-        lane = self._lanes[0]
+        lane = self._first
         if lane.kind.linger is not None and (level, name) == _SO_LINGER:
             linger = lane.kind.linger
             return linger[:buflen] if buflen else int.from_bytes(linger[:4], sys.byteorder)
@@ -156,9 +161,8 @@ class HandshakeGate:
                 self._ready = []
                 continue
             except OSError as error:
-                stale, self._ready = self._ready, []
-                if error.errno in _EXHAUSTED and stale and not self.waiting():
-                    break
+                if error.errno in _EXHAUSTED and not self.waiting():
+                    break  # what was asked before is old: somebody else took the caller
                 if taken:
                     break
                 raise classify(error) from error
