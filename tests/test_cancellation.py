@@ -29,7 +29,18 @@ from condaccept import (
     listen,
 )
 from condaccept.testing import MemoryGate, memory_listener
-from tests.support import LIMIT, Dial, accept, defer, queued, reject, reset, until, wire
+from tests.support import (
+    LIMIT,
+    Dial,
+    accept,
+    caught_up,
+    defer,
+    queued,
+    reject,
+    reset,
+    until,
+    wire,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -1195,3 +1206,53 @@ async def test_a_retry_loop_over_a_deferral(listener: Listener[Stream], dial: Di
             break
     assert timer.is_set()
     assert len(listener.pending) == 1
+
+
+async def test_reset_during_a_decision_that_is_cancelled(
+    listener: Listener[Stream], dial: Dial
+) -> None:
+    """A deferred caller that resets while it is decided about again is noticed, once."""
+    client = dial(listener)
+    with pytest.raises(ConnectionDeferredError):
+        await listener.accept(defer)
+    asked = asyncio.Event()
+
+    async def never(_pending: PendingTransport) -> AnyVerdict:
+        asked.set()
+        await asyncio.Event().wait()
+        return ACCEPT
+
+    call = asyncio.ensure_future(listener.accept(never))
+    await asked.wait()
+    reset(client)
+    await caught_up()
+    call.cancel()
+    await asyncio.wait([call])
+    async with asyncio.timeout(LIMIT):
+        await listener.wait_pending()
+    assert listener.statistics().reset == 1
+    with pytest.raises(PendingResetError):
+        await listener.accept()
+    assert listener.pending == ()
+
+
+async def test_a_waiting_call_that_is_closed(listener: Listener[Stream], dial: Dial) -> None:
+    """A coroutine that is closed while it waits takes nobody's wake-up."""
+    closed = listener.accept()
+    closed.send(None)
+    call = asyncio.ensure_future(listener.accept())
+    await caught_up()
+    closed.close()
+    dial(listener)
+    async with asyncio.timeout(LIMIT):
+        (await call).close()
+
+
+async def test_cancelled_waits_for_the_end_leave_nothing(listener: Listener[Stream]) -> None:
+    """wait_closed() that is cancelled leaves nothing in the listener."""
+    for _ in range(3):
+        call = asyncio.ensure_future(listener.wait_closed())
+        await caught_up()
+        call.cancel()
+        await asyncio.wait([call])
+    assert listener._deciding._idle == []

@@ -1405,3 +1405,105 @@ async def test_a_timeout_of_the_caller_is_a_cancellation(
     assert wire(client) == "open"
     assert [each.status for each in listener.pending] == [Status.QUEUED]
     (await listener.accept()).close()
+
+
+async def test_no_storm_without_descriptors(
+    listener: Listener[Stream], dial: Dial, exhaust: Callable[[], None]
+) -> None:
+    """Without descriptors nothing is due for a moment: neither PENDING nor a retry loop spins."""
+    told: list[Event] = []
+
+    def callback(_source: object, event: Event, _error: OSError | None) -> None:
+        told.append(event)
+        with contextlib.suppress(DescriptorsExhaustedError):
+            listener.accept_nowait(reject)
+
+    dial(listener)
+    await queued(listener, 1)
+    exhaust()
+    subscription = listener.on(Event.PENDING, callback)
+    await until(lambda: told)
+    for _ in range(200):
+        await asyncio.sleep(0)
+    assert len(told) <= 2
+    waiting = asyncio.ensure_future(listener.wait_pending())
+    for _ in range(200):
+        await asyncio.sleep(0)
+    assert len(told) <= 3
+    await waiting  # the next look
+    subscription.cancel()
+
+
+async def test_a_stream_that_cannot_be_made(
+    listener: Listener[Stream], dial: Dial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An accepted connection that the watch has no room for counts as failed, and is closed."""
+    client = dial(listener)
+    await queued(listener, 1)
+    listener.on(Event.READ, lambda *_: None)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    async def later(pending: PendingTransport) -> AnyVerdict:
+        await asyncio.sleep(0)
+        monkeypatch.setattr(listener._watch, "register", full)
+        return accept(pending)
+
+    with pytest.raises(OSError, match="no room"):
+        await listener.accept(later)
+    assert listener.pending == ()
+    now = listener.statistics()
+    assert (now.taken, now.failed, now.deciding, now.streams) == (1, 1, 0, 0)
+    assert wire(client) == "eof"
+
+
+async def test_a_farewell_that_cannot_wait(
+    listener: Listener[Stream], dial: Dial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rejection whose farewell the watch has no room for says what it can at once."""
+    client = dial(listener)
+    await queued(listener, 1)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr(listener._watch, "register", full)
+    with pytest.raises(ConnectionRejectedError):
+        await listener.accept(lambda _: Reject(data=b"bye"))
+    now = listener.statistics()
+    assert (now.rejected, now.rejecting, now.cut_short) == (1, 0, 1)
+    assert wire(client) == b"bye"
+    assert wire(client) == "eof"
+
+
+async def test_a_look_at_a_reset_caller(listener: Listener[Stream], dial: Dial) -> None:
+    """A condition that looks at what a caller sent leaves its reset for the stream to tell."""
+    client = dial(listener)
+    await queued(listener, 1)
+
+    def look(pending: PendingTransport) -> AnyVerdict:
+        reset(client)
+        assert pending.peek(10) == b""
+        return accept(pending)
+
+    stream = await listener.accept(look)
+    with pytest.raises(ConnectionResetError):
+        await stream.read(1)
+    stream.close()
+
+
+async def test_one_exception_object_for_many(listener: Listener[Stream], dial: Dial) -> None:
+    """A condition that raises the same object again and again names the last connection."""
+    error = ValueError("always the same")
+
+    def condition(_pending: PendingTransport) -> AnyVerdict:
+        raise error
+
+    for _ in range(3):
+        client = dial(listener)
+        name = client.getsockname()
+        with pytest.raises(ValueError, match="always"):
+            await listener.accept(condition)
+    assert len(error.__notes__) == 1
+    assert repr(name) in error.__notes__[0]

@@ -1070,3 +1070,43 @@ async def test_closed_listener_does_not_warn(dial: Dial, recwarn: pytest.Warning
     del listener
     gc.collect()
     assert [str(each.message) for each in recwarn] == []
+
+
+async def test_a_family_for_a_path(tmp_path: Path) -> None:
+    """A family that is not that of Unix sockets is refused beside a path."""
+    with pytest.raises(ValueError, match="family"):
+        await listen(path=tmp_path / "s", family=socket.AF_INET6)
+    async with await listen(path=tmp_path / "s", family=socket.AF_UNIX):
+        pass
+
+
+async def test_hosts_from_a_generator() -> None:
+    """The hosts may come from anything that can be iterated, once."""
+    async with await listen((each for each in ("127.0.0.1", "::1")), 0) as listener:
+        assert len(listener.sockets) == 2
+
+
+def test_closed_after_its_loop(tmp_path: Path) -> None:
+    """A listener can be closed when its loop is closed already; nothing of it stays open."""
+    path = tmp_path / "s"
+
+    async def main() -> tuple[Listener[Stream], socket.socket]:
+        listener = await listen(path=path)
+        listener.on_outcome(lambda _: None)
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(str(path))
+        with pytest.raises(ConnectionDeferredError):
+            await listener.accept(lambda _: DEFER)
+        return listener, client
+
+    with socket.socket() as probe:
+        before = descriptors()
+        assert probe.fileno() >= 0
+        loop = asyncio.new_event_loop()
+        listener, client = loop.run_until_complete(main())
+        loop.close()
+        listener.close()
+        assert client.recv(1) == b""
+        client.close()
+        assert not path.exists()
+        assert descriptors() == before

@@ -230,6 +230,7 @@ async def test_holds_of_a_stream(listener: Listener[Stream], dial: Dial, how: st
     elif how == "forget":
         with pytest.warns(ResourceWarning):
             forget(streams)
+        await asyncio.sleep(0)
     else:
         listener.close()
         assert held.released == []

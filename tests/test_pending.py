@@ -1097,3 +1097,15 @@ MACHINE = settings(max_examples=60, stateful_step_count=40)
 def test_the_deque_against_a_list(machine: type[DequeMachine]) -> None:
     """Whatever is done to it, the deque is the plain list that it claims to be."""
     run_state_machine_as_test(machine, settings=MACHINE)
+
+
+@pytest.mark.parametrize("data", [5, "text", None, [1, 2]])
+def test_callee_data_is_bytes(data: Any) -> None:
+    """What is no bytes is no callee data; what was there stays."""
+    callee_data = CalleeData(10)
+    callee_data.set(b"abc")
+    with pytest.raises(TypeError):
+        callee_data.set(data)
+    with pytest.raises(TypeError):
+        callee_data.write(data)
+    assert bytes(callee_data) == b"abc"

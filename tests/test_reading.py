@@ -886,6 +886,21 @@ async def test_read_event_at_the_end_with_an_inbox(pair: Pair) -> None:
     await exactly(told, Event.CLOSE)
 
 
+async def test_close_event_before_a_close(pair: Pair) -> None:
+    """CLOSE is told of a stream that was read to its end from the inbox and closed at once."""
+    stream, client = pair
+    client.sendall(b"abc")
+    task = await parked(stream, stream.readexactly(100))
+    client.shutdown(socket.SHUT_WR)
+    await until(lambda: stream._eof)
+    await cancelled(task)
+    told = subscribe(stream, Event.CLOSE)
+    await exactly(told)
+    assert await stream.readexactly(3) == b"abc"
+    stream.close()
+    await exactly(told, Event.CLOSE)
+
+
 # -- async with
 
 
@@ -976,6 +991,16 @@ async def test_cancelled_exit_still_closes(pair: Pair) -> None:
 
     assert await asyncio.to_thread(listen_on) == len(data)
     await stream.wait_closed()
+    assert stream._sock.fileno() < 0
+
+
+async def test_block_over_a_reset_that_was_handled(pair: Pair) -> None:
+    """A block whose body handled the peer's reset ends as usual if nothing was unsent."""
+    stream, client = pair
+    async with stream:
+        reset(client)
+        with pytest.raises(ConnectionResetError):
+            await stream.readline()
     assert stream._sock.fileno() < 0
 
 

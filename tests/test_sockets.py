@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from condaccept import ConnectionRejectedError, Listener, Stream, listen
+from condaccept import ConnectionRejectedError, Listener, Stream, _open, listen
 from condaccept._pending import Peer
-from condaccept._sockets import OwnedSocket, backlog, credentials, peer, raw_accept
+from condaccept._sockets import OwnedSocket, backlog, credentials, linger, peer, raw_accept
 from tests.support import Dial, queued, reject, until, wire
 
 if TYPE_CHECKING:
@@ -185,6 +185,50 @@ async def test_a_rejected_caller_that_was_looked_at(listener: Listener[Stream], 
     assert wire(client) == "reset"
 
 
+async def test_connections_inherit_the_reset_from_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The reset is set before listen(2): it is fixed when the handshake completes."""
+    seen: list[bytes] = []
+    listen_on = _open._listen
+
+    def look(sock: socket.socket, backlog: int) -> None:
+        seen.append(linger(sock))
+        listen_on(sock, backlog)
+
+    monkeypatch.setattr(_open, "_listen", look)
+    async with await listen("127.0.0.1", 0):
+        assert seen == [struct.pack("ii", 1, 0)]
+
+
+async def test_a_descriptor_that_may_leave_the_process(dial: Dial) -> None:
+    """Who asks for the listening sockets gets plain ones; rejections reset all the same."""
+    async with await listen("127.0.0.1", 0) as listener:
+        early = dial(listener)
+        (sock,) = listener.sockets
+        assert sock.getsockopt(*LINGER, 8) == OFF
+        late = dial(listener)
+        for _ in range(2):
+            with pytest.raises(ConnectionRejectedError):
+                await listener.accept(reject)
+        assert wire(early) == wire(late) == "reset"
+        listener.setsockopt(*LINGER, FIVE)
+        assert sock.getsockopt(*LINGER, 8) == FIVE
+        dial(listener)
+        stream = await listener.accept()
+        assert linger_of(stream) == FIVE
+        stream.abort()
+
+
+async def test_options_of_the_first_socket(dial: Dial) -> None:
+    """getsockopt() reads the first listening socket, whoever was served last."""
+    async with await listen(["127.0.0.1", "::1"], 0) as listener:
+        for _ in range(3):
+            assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN) == socket.AF_INET
+            dial(listener)
+            (await listener.accept()).close()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_fork_shares_a_plain_socket() -> None:
@@ -214,7 +258,7 @@ def test_a_fork_shares_a_plain_socket() -> None:
             closed = await condaccept.listen("127.0.0.1", 0)
             closed.close()
             listener = await condaccept.listen("127.0.0.1", 0)
-            fd = listener.sockets[0].fileno()
+            fd = listener._gate.sockets[0].fileno()
             if not (child := os.fork()):
                 serve_one(fd)
             client = socket.create_connection(listener.sockname)

@@ -8,6 +8,7 @@ import errno
 import gc
 import random
 import socket
+import threading
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
@@ -17,8 +18,10 @@ from condaccept._stream import HIGH, LOW
 from condaccept._watch import EpollWatch, ReaderWatch
 from condaccept.gates import HandshakeGate
 from tests.support import (
+    LIMIT,
     Condition,
     Dial,
+    caught_up,
     defer,
     descriptors,
     queued,
@@ -30,6 +33,9 @@ from tests.support import (
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
+    from pathlib import Path
+
+    from condaccept import AnyVerdict, PendingTransport
 
 MB = 1024 * 1024
 Pair: TypeAlias = tuple[Stream, socket.socket]
@@ -769,8 +775,129 @@ async def test_forgotten_stream(listener: Listener[Stream], dial: Dial) -> None:
     with pytest.warns(ResourceWarning, match="unclosed"):
         streams.clear()
     gc.collect()
+    await asyncio.sleep(0)
     assert wire(client) == "eof"
     assert listener.statistics().streams == 0
+
+
+def collect(things: list[Any]) -> None:
+    """Forget everything in a list."""
+    things.clear()
+    gc.collect()
+
+
+async def test_forgotten_stream_that_has_waited(listener: Listener[Stream], dial: Dial) -> None:
+    """Nor does one stay that the watch knows: a handler that raises leaves nothing behind."""
+    released: list[None] = []
+
+    def hold(pending: PendingTransport) -> AnyVerdict:
+        pending.hold(lambda: released.append(None))
+        return ACCEPT
+
+    async def handler() -> None:
+        stream = await listener.accept(hold)
+        await stream.read(10)
+        message = "a handler that fails"
+        raise ValueError(message)
+
+    before = descriptors()
+    for _ in range(3):
+        task = asyncio.ensure_future(handler())
+        client = dial(listener)
+        await until(lambda: listener.statistics().streams)
+        await caught_up()
+        client.sendall(b"x")
+        await asyncio.wait([task])
+        assert isinstance(task.exception(), ValueError)
+        tasks = [task]
+        del task
+        with pytest.warns(ResourceWarning, match="unclosed"):
+            collect(tasks)
+        await until(lambda: not listener.statistics().streams)
+        assert wire(client) == "eof"
+        client.close()
+    assert len(released) == 3
+    assert descriptors() == before
+
+
+async def test_collected_in_another_thread(listener: Listener[Stream], dial: Dial) -> None:
+    """A forgotten stream that another thread collects is closed in the loop's own."""
+    threads: list[int] = []
+
+    def hold(pending: PendingTransport) -> AnyVerdict:
+        pending.hold(lambda: threads.append(threading.get_ident()))
+        return ACCEPT
+
+    dial(listener)
+    cycle: list[Any] = [await listener.accept(hold)]
+    cycle.append(cycle)
+    gc.disable()
+    try:
+        del cycle
+        with pytest.warns(ResourceWarning, match="unclosed"):
+            await asyncio.to_thread(gc.collect)
+    finally:
+        gc.enable()
+    await until(lambda: threads)
+    assert threads == [threading.get_ident()]
+
+
+async def test_a_waiting_task_keeps_its_stream(listener: Listener[Stream], dial: Dial) -> None:
+    """A task that nobody else refers to is not collected while it waits for its stream."""
+    got: list[bytes] = []
+
+    async def handler(stream: Stream) -> None:
+        got.append(await stream.read(10))
+        stream.close()
+
+    client = dial(listener)
+    stream = await listener.accept()
+    asyncio.get_running_loop().call_soon(asyncio.ensure_future, handler(stream))
+    del stream
+    await caught_up()
+    gc.collect()
+    client.sendall(b"still there")
+    await until(lambda: got)
+    assert got == [b"still ther"]
+    await until(lambda: not listener.statistics().streams)
+
+
+async def test_short_reads_of_a_unix_stream(tmp_path: Path) -> None:
+    """A read that stops at descriptors sent along does not hide what comes behind them."""
+    async with await listen(path=tmp_path / "s") as listener:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(tmp_path / "s"))
+            stream = await listener.accept()
+            first = asyncio.ensure_future(stream.read(100))
+            await caught_up()
+            client.sendall(b"x")
+            assert await first == b"x"
+            socket.send_fds(client, [b"abc"], [client.fileno()])
+            client.sendall(b"def")
+            got = b""
+            async with asyncio.timeout(LIMIT):
+                while len(got) < 6:
+                    got += await stream.read(100)
+            assert got == b"abcdef"
+            stream.close()
+
+
+async def test_short_reads_at_an_urgent_byte(pair: Pair) -> None:
+    """A read that stops at an urgent byte does not hide what comes behind it."""
+    stream, client = pair
+    first = asyncio.ensure_future(stream.read(100))
+    await caught_up()
+    client.sendall(b"x")
+    assert await first == b"x"
+    client.sendall(b"abc")
+    client.send(b"!", socket.MSG_OOB)
+    client.sendall(b"def")
+    got = b""
+    async with asyncio.timeout(LIMIT):
+        while len(got) < 6:
+            got += await stream.read(100)
+    assert got == b"abcdef"
+    stream.close()
 
 
 # -- both directions at once
@@ -966,8 +1093,9 @@ async def test_failing_calls_let_the_loop_turn(pair: Pair) -> None:
     for operation in operations:
         assert await longest_run(operation) == 0
     stream.close()
-    for operation in [*operations, stream.wait_closed]:
+    for operation in operations:
         assert await longest_run(operation) == 0
+    assert await longest_run(stream.wait_closed) <= 32
 
 
 async def test_refused_reader_lets_the_loop_turn(pair: Pair) -> None:

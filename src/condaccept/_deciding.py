@@ -378,6 +378,7 @@ class Deciding(Generic[T]):
         pending._taker = _IN_HAND
         self._serial += 1
         sock.own(partial(self._over, self._serial, pending._release_holds()))
+        sock.when_forgotten(self._forgotten)
         if self.options:
             inherit_options(sock, self.options)
         try:
@@ -412,6 +413,18 @@ class Deciding(Generic[T]):
     def _fail(self, pending: PendingTransport, reason: str) -> None:
         self._to(pending, Status.FAILED)
         self._ledger.settle(pending, Status.FAILED, reason)
+
+    def _forgotten(self, sock: OwnedSocket) -> None:
+        """Close the socket of a stream that was collected as garbage, in whatever thread."""
+        if self._loop.is_closed():
+            sock.close()
+        else:
+            self._loop.call_soon_threadsafe(self._close_forgotten, sock)
+
+    def _close_forgotten(self, sock: OwnedSocket) -> None:
+        # In this order: the number of the descriptor may come back at once.
+        self._watch.unregister(sock.fileno())
+        sock.close()
 
     def _over(self, serial: int, holds: Sequence[Release]) -> None:
         """Note that an accepted connection's descriptor is gone."""

@@ -461,7 +461,7 @@ async def listen(
     """Listen on an address and return a `Listener`.
 
     Args:
-        host: A name or address, a sequence of them, or ``None`` for all addresses of the
+        host: A name or address, several of them, or ``None`` for all addresses of the
             machine. Every address of a name is listened on.
         port: A number or the name of a service. 0: any free one, the same for all
             addresses.

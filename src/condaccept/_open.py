@@ -7,7 +7,7 @@ import os
 import socket
 import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from condaccept._sockets import Option, apply_options, inherit_reset, linger
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ("Host", "UnixPath", "absolute", "open_tcp", "open_unix", "unlink")
 
-Host: TypeAlias = str | Sequence[str] | None
+Host: TypeAlias = str | Iterable[str] | None
 UnixPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 PORT_TRIES: Final = 16

@@ -9,6 +9,7 @@ import errno
 import select
 import socket
 import struct
+import warnings
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from condaccept._pending import Credentials, Peer
@@ -158,7 +159,23 @@ class OwnedSocket(Released, RawSocket):
     half of `socket.socket` costs as much as a system call.
     """
 
-    __slots__ = ("_release",)
+    __slots__ = ("_forgotten", "_release")
+    _forgotten: Callable[[OwnedSocket], object] | None
+
+    def when_forgotten(self, forgotten: Callable[[OwnedSocket], object] | None) -> None:
+        """Have ``forgotten(self)`` called when this is collected while it is open.
+
+        It may be called in any thread, and has to see to the closing.
+        """
+        self._forgotten = forgotten
+
+    def __del__(self) -> None:
+        forgotten = getattr(self, "_forgotten", None)
+        if forgotten is None or self.fileno() < 0:
+            super().__del__()
+        else:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            forgotten(self)
 
 
 def raw_accept(sock: socket.socket) -> Callable[[], tuple[int, Address]]:

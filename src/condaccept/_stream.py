@@ -12,7 +12,6 @@ import errno
 import inspect
 import os
 import socket
-import warnings
 import weakref
 from asyncio.trsock import TransportSocket
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
@@ -83,6 +82,7 @@ class Stream:
         "_signals",
         "_sock",
         "_streak",
+        "_unsent",
         "_waiters",
         "_watch",
         "_write_eof",
@@ -119,6 +119,7 @@ class Stream:
         self._write_eof = False
         self._closing = False
         self._given = False
+        self._unsent = False  # something was when the connection failed
         self._broken: OSError | None = None
         self._peer_error: OSError | None = None  # SO_ERROR, once taken
         self._ended = False  # CLOSE was told, or would have been
@@ -127,18 +128,6 @@ class Stream:
         if inherited:
             self._signals = Signals(inherited)
             self._subscribe(self._signals)
-
-    def __del__(self) -> None:
-        # Forgotten. The socket goes to the loop's thread: collectors run in any, and the
-        # number of its descriptor must not come back before the watch has let go of it.
-        sock = getattr(self, "_sock", None)
-        if sock is None or sock.fileno() < 0:
-            return
-        warnings.warn(f"unclosed stream {self!r}", ResourceWarning, source=self, stacklevel=2)
-        if self._loop.is_closed():
-            sock.close()
-        else:
-            self._loop.call_soon_threadsafe(_close, sock, self._watch if self._registered else None)
 
     def __repr__(self) -> str:
         how = "closed" if self._sock.fileno() < 0 else "closing" if self._closing else "open"
@@ -168,7 +157,7 @@ class Stream:
                     pass
                 return self._take(len(self._inbox))
             if self._inbox:
-                return await self._from_inbox(n)
+                return await self._from_inbox(min(n, AT_ONCE))
             return await self._read(n)
         except BaseException:
             self._gave_up()
@@ -212,6 +201,9 @@ class Stream:
         Cancellation:
             Safe: what has come stays to be read.
         """
+        if not isinstance(separator, (bytes, bytearray, memoryview)):
+            message = f"the separator is bytes, got {separator!r}"
+            raise TypeError(message)
         if not separator:
             message = "the separator is at least one byte"
             raise ValueError(message)
@@ -308,11 +300,11 @@ class Stream:
 
     async def _from_inbox(self, n: int) -> bytes:
         """Take bytes that have been received before."""
-        if self._closing or self._broken is not None:
-            raise await self._refusal()
         if self._streak >= IN_A_ROW:
             await self._turn()
         self._streak += 1
+        if self._closing or self._broken is not None:
+            raise await self._refusal()
         return self._take(n)
 
     def _take(self, n: int) -> bytes:
@@ -515,7 +507,7 @@ class Stream:
         self._streak += 1
         while self._sock.fileno() >= 0:
             await self._wait()
-        if self._broken is not None:
+        if self._unsent:
             await self._turn()
             raise self._why_not()
 
@@ -574,6 +566,7 @@ class Stream:
         if self._registered:
             self._unregister()
         release = self._sock.disown()
+        self._sock.when_forgotten(None)
         kind = self._sock.family, self._sock.type, self._sock.proto
         sock = HandedSocket(*kind, self._sock.detach())
         sock.own(release)
@@ -832,6 +825,7 @@ class Stream:
     def _break(self, error: OSError) -> None:
         """Note that the connection failed; every later call raises *error*."""
         self._broken = error
+        self._unsent = bool(self._buffer)
         self._buffer.clear()
         self._blocked = False
         self._let_go()
@@ -904,13 +898,6 @@ class Stream:
 _needed: Final[set[Stream]] = set()
 """Streams that somebody waits on, that have something to send or someone to tell: asyncio
 has but weak references to tasks, so these would be collected with the task that waits."""
-
-
-def _close(sock: OwnedSocket, watch: Watch | None) -> None:
-    """Close the socket of a forgotten stream."""
-    if watch is not None:
-        watch.unregister(sock.fileno())
-    sock.close()
 
 
 def check_callback(callback: EventCallback) -> None:
