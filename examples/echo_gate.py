@@ -33,6 +33,15 @@ if TYPE_CHECKING:
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
+CALLERS = (
+    condaccept.ConnectionRejectedError,
+    condaccept.PendingResetError,
+    condaccept.PendingExpiredError,
+    condaccept.NetworkDownError,
+)
+"""What accept() raises about one caller; the next call goes on to the next."""
+
+
 class Places:
     """A limited number of places."""
 
@@ -99,8 +108,8 @@ async def serve(
                 return
             except (condaccept.DescriptorsExhaustedError, condaccept.BuffersExhaustedError):
                 await asyncio.sleep(0.1)
-            except condaccept.AcceptError:
-                continue  # about this one caller: rejected, reset or expired
+            except CALLERS:
+                continue
             else:
                 echoes.create_task(echo(stream))
 

@@ -35,7 +35,7 @@ class Statistics:
         failed: Accepted, and then ``stream_factory`` raised.
         closed: Undecided when the listener closed.
         pending: Without an outcome now.
-        deciding: Of these, under decision by an async condition.
+        deciding: Of these, on the deque and under decision now.
         oldest_age: Seconds since the oldest pending one was taken; ``None`` without any.
         rejecting: Rejected ones that are still being sent callee data.
         cut_short: Rejected ones that were not given the time to read callee data.
