@@ -36,7 +36,7 @@ coverage: $(VENV)/.test  ## run the tests and report the branches they miss
 	@"$(python)" -m coverage run -m pytest $(PYTEST_ARGS)
 	@"$(python)" -m coverage report
 
-bench: $(VENV)/.run  ## measure accepts a second; BENCH_ARGS goes to the script
+bench: $(VENV)/.run  ## measure what a connection costs; BENCH_ARGS goes to the script
 	@"$(python)" benchmarks/bench_accept.py $(BENCH_ARGS)
 
 # Fixed names only: whoever chose another VENV also removes it.
