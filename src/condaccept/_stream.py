@@ -14,6 +14,7 @@ import os
 import socket
 import weakref
 from asyncio.trsock import TransportSocket
+from ssl import SSLContext
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
 
 from condaccept._events import Event, EventCallback, Signals, Subscription
@@ -23,7 +24,6 @@ from condaccept._watch import HANGUP, READ, URGENT, WRITE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
-    from ssl import SSLContext
     from types import TracebackType
 
     from condaccept._pending import Address
@@ -48,6 +48,7 @@ IN_A_ROW: Final = 32
 reading task running while every timer of the loop waits."""
 
 _ERROR: Final = 0x008  # EPOLLERR
+_EVENTS: Final = (Event.READ, Event.WRITE, Event.CLOSE)
 
 
 class Stream:
@@ -126,8 +127,10 @@ class Stream:
         self._streak = 0
         self._signals: Signals | None = None
         if inherited:
-            self._signals = Signals(inherited)
-            self._subscribe(self._signals)
+            mine = [each for each in inherited if any(map(each.wants, _EVENTS))]
+            if mine:
+                self._signals = Signals(mine)
+                self._subscribe(self._signals)
 
     def __repr__(self) -> str:
         how = "closed" if self._sock.fileno() < 0 else "closing" if self._closing else "open"
@@ -368,7 +371,7 @@ class Stream:
     async def _readable(self) -> None:
         self._reader = self._loop.create_future()
         self._streak = 0
-        _needed.add(self)
+        self._watch.needed.add(self)
         try:
             await self._reader
         finally:
@@ -520,7 +523,7 @@ class Stream:
             if self._registered:
                 self._unregister()
             reset(self._sock)
-            _needed.discard(self)
+            self._watch.needed.discard(self)
             self._wake_waiters()
 
     # -- handing over
@@ -552,6 +555,9 @@ class Stream:
         Cancellation:
             While unsent bytes go out: nothing has changed. Later: the connection is closed.
         """
+        if ssl is not None and not isinstance(ssl, SSLContext):
+            message = f"ssl is an ssl.SSLContext or None, got {ssl!r}"
+            raise TypeError(message)
         while self._buffer and self._broken is None and not self._closing:
             await self._wait_flushed()
         if self._broken is not None or self._closing:
@@ -573,7 +579,7 @@ class Stream:
         # Until now only the flags of each call said so; a transport's calls do not.
         sock.setblocking(False)
         self._closing = self._given = True
-        _needed.discard(self)
+        self._watch.needed.discard(self)
         self._wake_waiters()
         data, self._inbox = bytes(self._inbox), bytearray()
         transport, protocol = await attach(self._loop, sock, protocol_factory, data, ssl)
@@ -595,9 +601,13 @@ class Stream:
             As `into_transport()`.
         """
         reader = asyncio.StreamReader(limit=limit, loop=self._loop)
-        protocol = asyncio.StreamReaderProtocol(reader, loop=self._loop)
-        transport, _ = await self.into_transport(lambda: protocol, ssl=ssl)
-        return reader, asyncio.StreamWriter(transport, protocol, reader, self._loop)
+        writers: list[asyncio.StreamWriter] = []
+        # With a callback, as a server has one: start_tls() then knows which side this is.
+        protocol = asyncio.StreamReaderProtocol(
+            reader, lambda _, writer: writers.append(writer), loop=self._loop
+        )
+        await self.into_transport(lambda: protocol, ssl=ssl)
+        return reader, writers[0]
 
     async def __aenter__(self) -> Self:
         return self
@@ -647,7 +657,7 @@ class Stream:
         if self._signals is None:
             self._signals = Signals()
         signals = self._signals
-        told = [each for each in (Event.READ, Event.WRITE, Event.CLOSE) if not signals.armed(each)]
+        told = [each for each in _EVENTS if not signals.armed(each)]
         subscription = signals.add(events, callback)
         if self._sock.fileno() < 0:
             return subscription
@@ -663,7 +673,7 @@ class Stream:
 
     def _subscribe(self, signals: Signals) -> None:
         """Tell new subscribers what is so, and have them told of what comes."""
-        _needed.add(self)
+        self._watch.needed.add(self)
         if self._ended:
             self._fire(signals, Event.CLOSE, self._failure())
         if signals.wanted(Event.WRITE) and not self._buffer and not self._write_eof:
@@ -777,7 +787,7 @@ class Stream:
         if self._blocked:
             return
         self._blocked = True
-        _needed.add(self)
+        self._watch.needed.add(self)
         if self._signals is not None:
             self._signals.arm(Event.WRITE)
         if self._registered:
@@ -839,7 +849,7 @@ class Stream:
             if self._registered:
                 self._unregister()
             self._sock.close()
-            _needed.discard(self)
+            self._watch.needed.discard(self)
             if self._waiters:
                 self._wake_waiters()
 
@@ -867,7 +877,7 @@ class Stream:
         waiter = self._loop.create_future()
         self._waiters.append(waiter)
         self._streak = 0
-        _needed.add(self)
+        self._watch.needed.add(self)
         try:
             await waiter
         finally:
@@ -880,7 +890,7 @@ class Stream:
         if self._sock.fileno() < 0 or not (
             self._reader is not None or self._waiters or self._blocked or self._signals is not None
         ):
-            _needed.discard(self)
+            self._watch.needed.discard(self)
 
     def _wake_reader(self) -> None:
         reader = self._reader
@@ -893,11 +903,6 @@ class Stream:
         for waiter in waiters:
             if not waiter.done() and not self._loop.is_closed():
                 waiter.set_result(None)
-
-
-_needed: Final[set[Stream]] = set()
-"""Streams that somebody waits on, that have something to send or someone to tell: asyncio
-has but weak references to tasks, so these would be collected with the task that waits."""
 
 
 def check_callback(callback: EventCallback) -> None:

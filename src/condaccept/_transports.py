@@ -35,7 +35,8 @@ class _Preface(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport.set_protocol(self.protocol)
         self.protocol.connection_made(transport)
-        _feed(self.protocol, self._data)
+        if not transport.is_closing():
+            _feed(self.protocol, self._data)
 
 
 def _feed(protocol: asyncio.BaseProtocol, data: bytes) -> None:
@@ -66,13 +67,20 @@ async def attach(
 
     Whatever happens, *sock* is the transport's from now on, or closed.
     """
-    factory = protocol_factory
-    if data:
-        factory = lambda: _Preface(protocol_factory(), data)  # noqa: E731 - one of two
+    handed = False
+
+    def factory() -> asyncio.BaseProtocol:
+        nonlocal handed
+        protocol = protocol_factory()
+        handed = True
+        return _Preface(protocol, data) if data else protocol
+
     try:
         transport, protocol = await loop.connect_accepted_socket(factory, sock, ssl=context)
     except BaseException:
-        # The factory raised, the TLS handshake failed, or this was cancelled.
-        sock.close()
+        # A transport closes its socket itself, after what is unsent; but where the factory
+        # raised there is none, and no loop closes it.
+        if not handed:
+            sock.close()
         raise
     return transport, protocol.protocol if isinstance(protocol, _Preface) else protocol

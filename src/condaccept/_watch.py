@@ -47,6 +47,10 @@ class Watch(Protocol):
 
     tells_hangup: bool
     """Whether a hangup can be watched for by itself, without reading."""
+    needed: set[object]
+    """What has to live as long as the watch does, though nobody else may have it: streams
+    that somebody waits on, that have something to send or someone to tell. asyncio has but
+    weak references to tasks; one that waits would be collected together with its stream."""
 
     def release(self) -> None:
         """Note that its listener is gone: it closes itself while nothing is registered."""
@@ -74,6 +78,7 @@ class EpollWatch:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        self.needed: set[object] = set()
         self._owned = True
         self._callbacks: dict[int, Callback] = {}
         # Made at once: without a free descriptor it could not be made later.
@@ -141,6 +146,7 @@ class ReaderWatch:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        self.needed: set[object] = set()
         self._callbacks: dict[int, Callback] = {}
 
     def release(self) -> None:
