@@ -35,6 +35,7 @@ ROOMS = [
     "_watch",
     "gates",
     "_transports",
+    "_channel",
     "_stream",
     "_deciding",
     "_accepting",

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import pytest
 
 from condaccept import Event, Listener, Stream
-from condaccept._stream import AT_ONCE, IN_A_ROW, LINE
+from condaccept._channel import AT_ONCE, IN_A_ROW
+from condaccept._stream import LINE
 from condaccept._watch import EpollWatch, ReaderWatch
 from condaccept.gates import HandshakeGate
 from tests.support import Dial, caught_up, descriptors, reset, until, wire_end

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import pytest
 
 from condaccept import ACCEPT, DEFER, Event, Listener, Stream, listen
-from condaccept._stream import HIGH, LOW
+from condaccept._channel import LOW
+from condaccept._stream import HIGH
 from condaccept._watch import EpollWatch, ReaderWatch
 from condaccept.gates import HandshakeGate
 from tests.support import (

@@ -11,6 +11,7 @@ import inspect
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
+from condaccept._channel import check_callback, deliver
 from condaccept._deciding import (
     LOSSES,
     TO_COME,
@@ -22,7 +23,6 @@ from condaccept._deciding import (
 )
 from condaccept._events import Event
 from condaccept._pending import Condition, PendingDeque, PendingTransport, Status
-from condaccept._stream import Stream, check_callback, deliver
 from condaccept._verdict import Accept, Defer, Reject, Verdict
 from condaccept.exceptions import (
     AcceptInProgressError,
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from condaccept._events import EventCallback, Signals, Subscription
     from condaccept._ledger import Ledger
+    from condaccept._stream import Stream
     from condaccept._watch import Watch
     from condaccept.gates._gate import Gate
 

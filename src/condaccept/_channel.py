@@ -1,0 +1,444 @@
+"""The engine of a stream: one connected socket, tried at once and waited for after EAGAIN.
+
+Receiving and sending, the watch, events, and how all of that ends. What a stream's users
+call is in `_stream`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import inspect
+import os
+import socket
+import weakref
+from typing import TYPE_CHECKING, Any, Final
+
+from condaccept._events import Event, EventCallback, Signals, Subscription
+from condaccept._watch import HANGUP, READ, URGENT, WRITE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from condaccept._pending import Address
+    from condaccept._sockets import OwnedSocket
+    from condaccept._watch import Watch
+
+__all__ = ("Channel", "check_callback", "deliver")
+
+LOW: Final = 16 * 1024
+"""Unsent bytes down to which `drain()` waits: asyncio's own mark."""
+CHUNK: Final = 64 * 1024
+AT_ONCE: Final = 256 * 1024
+"""The most bytes that one read returns; recv(2) is given a buffer of that size."""
+IN_A_ROW: Final = 32
+"""Operations that complete at once before one yields: without it a fast peer keeps a
+reading task running while every timer of the loop waits."""
+
+EVENTS: Final = (Event.READ, Event.WRITE, Event.CLOSE)
+"""What a stream can tell of."""
+_ERROR: Final = 0x008  # EPOLLERR
+
+
+class Channel:
+    """A connected socket, what is unsent and unread of it, and who waits for it.
+
+    Attributes:
+        caller_id: The caller's address, as accept(2) gave it.
+        state: What the condition put into `PendingTransport.state`.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_blocked",
+        "_broken",
+        "_buffer",
+        "_closing",
+        "_dry",
+        "_end",
+        "_ended",
+        "_eof",
+        "_given",
+        "_inbox",
+        "_loop",
+        "_paused",
+        "_peer_error",
+        "_reader",
+        "_reading",
+        "_registered",
+        "_signals",
+        "_sock",
+        "_streak",
+        "_unsent",
+        "_waiters",
+        "_watch",
+        "_write_eof",
+        "caller_id",
+        "state",
+    )
+
+    def __init__(
+        self,
+        sock: OwnedSocket,
+        loop: asyncio.AbstractEventLoop,
+        watch: Watch,
+        caller_id: Address,
+        inherited: Sequence[Subscription] = (),
+    ) -> None:
+        self._sock = sock
+        self._loop = loop
+        self._watch = watch
+        self.caller_id = caller_id
+        self.state: Any = None
+        self._buffer = bytearray()  # unsent
+        self._inbox = bytearray()  # received in search of a separator, unread
+        # Wait for the socket, in the watch:
+        self._registered = False
+        self._dry = False  # the last read took all there was
+        self._end = False  # a hangup or an urgent byte was told: short reads prove nothing
+        self._blocked = False  # a send met EAGAIN
+        self._reader: asyncio.Future[None] | None = None
+        self._waiters: list[asyncio.Future[None]] = []  # in drain() and wait_closed()
+        # Where the stream stands:
+        self._reading = False
+        self._eof = False
+        self._paused = False
+        self._write_eof = False
+        self._closing = False
+        self._given = False
+        self._unsent = False  # something was when the connection failed
+        self._broken: OSError | None = None
+        self._peer_error: OSError | None = None  # SO_ERROR, once taken
+        self._ended = False  # CLOSE was told, or would have been
+        self._streak = 0
+        self._signals: Signals | None = None
+        if inherited:
+            mine = [each for each in inherited if any(map(each.wants, EVENTS))]
+            if mine:
+                self._signals = Signals(mine)
+                self._subscribe(self._signals)
+
+    def __repr__(self) -> str:
+        how = "closed" if self._sock.fileno() < 0 else "closing" if self._closing else "open"
+        return f"<{type(self).__name__} {how} caller={self.caller_id!r}>"
+
+    # -- receiving
+
+    async def _read(self, n: int) -> bytes:
+        if self._streak >= IN_A_ROW:
+            await self._turn()
+        self._streak += 1
+        while True:
+            if self._broken is not None or self._closing:
+                raise await self._refusal()
+            if self._eof or n == 0:
+                return b""
+            if not self._dry and (data := self._receive(n)) is not None:
+                return data
+            if self._dry:
+                await self._readable()
+
+    def _receive(self, n: int) -> bytes | None:
+        """Read what is there; ``None``: nothing is, or it takes another look."""
+        n = min(n, AT_ONCE)
+        try:
+            data = self._sock.recv(n, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            if self._registered:
+                self._dry = True
+                self._watch.dry(self._sock.fileno())
+            else:
+                # No edge is told of what came before it, so once more.
+                self._register()
+            return None
+        except OSError as error:
+            self._break(error)
+            return None
+        if not data and self._peer_error is not None:
+            self._break(self._peer_error)
+            return None
+        # A short read has taken all there was, unless it stopped for another reason: at an
+        # urgent byte, or, on a Unix socket, at descriptors that were sent along. And a FIN
+        # that came with the data gives no further edge.
+        self._dry = (
+            self._registered
+            and 0 < len(data) < n
+            and not self._end
+            and self._sock.proto == socket.IPPROTO_TCP
+        )
+        self._after_read(data)
+        return data
+
+    async def _readable(self) -> None:
+        self._reader = self._loop.create_future()
+        self._streak = 0
+        self._watch.needed.add(self)
+        try:
+            await self._reader
+        finally:
+            self._reader = None
+            self._let_go()
+
+    def _after_read(self, data: bytes) -> None:
+        self._eof = not data
+        if self._dry:
+            self._watch.dry(self._sock.fileno())
+        if self._eof:
+            if not self._inbox:
+                self._tell_end()
+        elif self._signals is not None:
+            self._signals.arm(Event.READ)
+            self._look_again()
+
+    def _look_again(self) -> None:
+        """Have the watch tell once more what there is, for those who subscribed."""
+        if self._signals is not None and self._registered:
+            self._watch.modify(self._sock.fileno(), self._interest())
+
+    # -- events
+
+    def _subscribe(self, signals: Signals) -> None:
+        """Tell new subscribers what is so, and have them told of what comes."""
+        self._watch.needed.add(self)
+        if self._ended:
+            self._fire(signals, Event.CLOSE, self._failure())
+        if signals.wanted(Event.WRITE) and not self._buffer and not self._write_eof:
+            self._fire(signals, Event.WRITE)
+        if self._inbox and not self._reading:
+            self._fire(signals, Event.READ)
+        if signals.wanted(Event.READ) or signals.wanted(Event.CLOSE):
+            if self._registered:
+                self._look_again()
+            else:
+                self._register()
+
+    def _is_so(self, event: Event) -> bool:
+        """Whether what *event* tells still holds."""
+        if event is Event.CLOSE:
+            return self._ended
+        if event is Event.WRITE:
+            return not self._buffer and not self._write_eof
+        if self._reading:
+            return False
+        if self._inbox or self._eof:
+            return bool(self._inbox)
+        try:
+            # The end of the stream counts, while nobody has read it.
+            self._peek()
+        except OSError:
+            return False
+        return True
+
+    def _signal(self, signals: Signals, events: int) -> None:
+        """Tell what an edge of the watch means to the subscribers."""
+        if events & (READ | HANGUP) and not self._reading and not self._eof:
+            self._fire(signals, Event.READ)
+        if events & _ERROR and self._peer_error is None:
+            # Taking SO_ERROR clears it: a later read is told by what is kept here.
+            code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            code = code or errno.ECONNRESET
+            self._peer_error = OSError(code, os.strerror(code))
+            self._tell_end()
+        elif (events & HANGUP or not self._watch.tells_hangup) and signals.wanted(Event.CLOSE):
+            self._look_for_end()
+
+    def _look_for_end(self) -> None:
+        try:
+            if not self._peek() and not self._inbox:
+                self._tell_end()
+        except BlockingIOError:
+            self._watch.dry(self._sock.fileno())
+        except OSError as error:
+            # The look has cleared it, as above.
+            self._peer_error = error
+            self._tell_end()
+
+    def _peek(self) -> bytes:
+        return self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+
+    def _failure(self) -> OSError | None:
+        return self._broken or self._peer_error
+
+    def _tell_end(self) -> None:
+        self._ended = True
+        if self._signals is not None:
+            self._fire(self._signals, Event.CLOSE, self._failure())
+
+    def _fire(self, signals: Signals, event: Event, error: OSError | None = None) -> None:
+        for subscription in signals.fire(event):
+            self._deliver(subscription, event, error)
+
+    def _deliver(self, subscription: Subscription, event: Event, error: OSError | None) -> None:
+        self._loop.call_soon(self._told, subscription, event, error)
+
+    def _told(self, subscription: Subscription, event: Event, error: OSError | None) -> None:
+        # Of a stream that is gone by now, only that it ended is still true.
+        if event is Event.CLOSE or self._sock.fileno() >= 0:
+            deliver(subscription, self, event, error)
+
+    # -- the socket
+
+    def _interest(self) -> int:
+        return READ | WRITE if self._blocked else READ
+
+    def _register(self) -> None:
+        # Not a reference: a stream that everybody has forgotten has to end.
+        mine = weakref.ref(self)
+
+        def ready(events: int) -> None:
+            stream = mine()
+            if stream is not None:
+                stream._ready(events)
+
+        self._watch.register(self._sock.fileno(), self._interest(), ready)
+        self._registered = True
+
+    def _unregister(self) -> None:
+        self._registered = False
+        self._watch.unregister(self._sock.fileno())
+
+    def _ready(self, events: int) -> None:
+        """Act on an edge of the watch: a hint, nothing is decided by it."""
+        if events & (HANGUP | URGENT):
+            self._end = True
+        if events & (READ | HANGUP):
+            self._dry = False
+            self._wake_reader()
+        if self._blocked and events & (WRITE | HANGUP):
+            self._flush()
+        if self._signals is not None and self._registered:
+            self._signal(self._signals, events)
+
+    def _block(self) -> None:
+        if self._blocked:
+            return
+        self._blocked = True
+        self._watch.needed.add(self)
+        if self._signals is not None:
+            self._signals.arm(Event.WRITE)
+        if self._registered:
+            self._watch.modify(self._sock.fileno(), self._interest())
+        else:
+            self._register()
+
+    def _flush(self) -> None:
+        try:
+            while self._buffer:
+                sent = self._sock.send(self._buffer[:CHUNK], socket.MSG_DONTWAIT)
+                del self._buffer[:sent]
+        except BlockingIOError:
+            self._watch.modify(self._sock.fileno(), self._interest())
+        except OSError as error:
+            self._break(error)
+            if self._closing:
+                self._finish()
+            return
+        if self._paused and len(self._buffer) <= LOW:
+            self._paused = False
+            self._wake_waiters()
+        if self._buffer:
+            return
+        self._wake_waiters()
+        self._blocked = False
+        self._let_go()
+        if self._closing:
+            self._finish()
+            return
+        self._watch.modify(self._sock.fileno(), self._interest())
+        if self._write_eof:
+            self._shut()
+        elif self._signals is not None:
+            self._fire(self._signals, Event.WRITE)
+
+    def _shut(self) -> None:
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            # ENOTCONN: the peer was faster, and a read will tell how.
+            if error.errno != errno.ENOTCONN:
+                self._break(error)
+
+    def _break(self, error: OSError) -> None:
+        """Note that the connection failed; every later call raises *error*."""
+        self._broken = error
+        self._unsent = bool(self._buffer)
+        self._buffer.clear()
+        self._blocked = False
+        self._let_go()
+        self._wake_reader()
+        self._wake_waiters()
+        if not self._closing:
+            self._tell_end()
+
+    def _finish(self) -> None:
+        if self._sock.fileno() >= 0:
+            if self._registered:
+                self._unregister()
+            self._sock.close()
+            self._watch.needed.discard(self)
+            if self._waiters:
+                self._wake_waiters()
+
+    def _why_not(self) -> OSError:
+        broken = self._broken
+        if broken is not None:
+            # A new one each time: tracebacks would pile up on a single one.
+            fresh = OSError(broken.errno, broken.strerror)
+            fresh.__cause__ = broken
+            return fresh
+        how = "handed over" if self._given else "closed by this side"
+        return ConnectionAbortedError(errno.ECONNABORTED, f"the stream was {how}")
+
+    async def _refusal(self) -> OSError:
+        await self._turn()
+        return self._why_not()
+
+    # -- waiting
+
+    async def _turn(self) -> None:
+        self._streak = 0
+        await asyncio.sleep(0)
+
+    async def _wait(self) -> None:
+        waiter = self._loop.create_future()
+        self._waiters.append(waiter)
+        self._streak = 0
+        self._watch.needed.add(self)
+        try:
+            await waiter
+        finally:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Be collected as garbage when nobody has this stream any more, if nothing is on."""
+        if self._sock.fileno() < 0 or not (
+            self._reader is not None or self._waiters or self._blocked or self._signals is not None
+        ):
+            self._watch.needed.discard(self)
+
+    def _wake_reader(self) -> None:
+        reader = self._reader
+        # After the loop was closed there is nobody to wake.
+        if reader is not None and not reader.done() and not self._loop.is_closed():
+            reader.set_result(None)
+
+    def _wake_waiters(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done() and not self._loop.is_closed():
+                waiter.set_result(None)
+
+
+def check_callback(callback: EventCallback) -> None:
+    """Refuse what could be called but would do nothing."""
+    if inspect.iscoroutinefunction(callback):
+        message = f"an event callback is a plain function; let it start a task: {callback!r}"
+        raise TypeError(message)
+
+
+def deliver(subscription: Subscription, source: Any, event: Event, error: OSError | None) -> None:
+    """Call a subscription's callback, unless it was cancelled meanwhile."""
+    if not subscription.cancelled:
+        subscription.callback(source, event, error)
