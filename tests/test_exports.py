@@ -34,7 +34,6 @@ ROOMS = [
     "_sockets",
     "_watch",
     "gates",
-    "_transports",
     "_channel",
     "_stream",
     "_deciding",

@@ -62,7 +62,7 @@ def test_owned_socket_releases_once() -> None:
         theirs.close()
         sock = OwnedSocket(socket.AF_UNIX, socket.SOCK_STREAM, 0, ours.detach())
         fd = sock.fileno()
-        sock.own(lambda: released.append(fd))
+        sock.own(lambda: released.append(fd), OwnedSocket.close)
         return sock
 
     def gone(fd: int) -> bool:

@@ -58,7 +58,6 @@ class Channel:
         "_end",
         "_ended",
         "_eof",
-        "_given",
         "_inbox",
         "_loop",
         "_paused",
@@ -105,7 +104,6 @@ class Channel:
         self._paused = False
         self._write_eof = False
         self._closing = False
-        self._given = False
         self._unsent = False  # something was when the connection failed
         self._broken: OSError | None = None
         self._peer_error: OSError | None = None  # SO_ERROR, once taken
@@ -338,7 +336,6 @@ class Channel:
             self._wake_waiters()
         if self._buffer:
             return
-        self._wake_waiters()
         self._blocked = False
         self._let_go()
         if self._closing:
@@ -386,8 +383,7 @@ class Channel:
             fresh = OSError(broken.errno, broken.strerror)
             fresh.__cause__ = broken
             return fresh
-        how = "handed over" if self._given else "closed by this side"
-        return ConnectionAbortedError(errno.ECONNABORTED, f"the stream was {how}")
+        return ConnectionAbortedError(errno.ECONNABORTED, "the stream was closed by this side")
 
     async def _refusal(self) -> OSError:
         await self._turn()

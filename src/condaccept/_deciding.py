@@ -377,8 +377,7 @@ class Deciding(Generic[T]):
         """Make the stream of an accepted connection."""
         pending._taker = _IN_HAND
         self._serial += 1
-        sock.own(partial(self._over, self._serial, pending._release_holds()))
-        sock.when_forgotten(self._forgotten)
+        sock.own(partial(self._over, self._serial, pending._release_holds()), self._forgotten)
         if self.options:
             inherit_options(sock, self.options)
         try:

@@ -33,7 +33,6 @@ __all__ = (
     "Option",
     "OwnedSocket",
     "RawSocket",
-    "Released",
     "apply_options",
     "backlog",
     "check_listening",
@@ -111,48 +110,7 @@ def classify(error: OSError) -> AcceptError:
     return classified
 
 
-class Released:
-    """The part of a socket class that calls a release, once, when the descriptor is gone.
-
-    The classes made with it have the slot: two bases with slots of their own do not mix.
-    """
-
-    __slots__ = ()
-    _release: Release | None
-
-    def own(self, release: Release | None) -> None:
-        """Have *release* called when the descriptor is closed or given away."""
-        self._release = release  # type: ignore[misc]
-
-    def disown(self) -> Release | None:
-        """Give the release back, to be called by somebody else."""
-        release: Release | None = getattr(self, "_release", None)
-        self._release = None  # type: ignore[misc]
-        return release
-
-    def close(self) -> None:
-        """Close the descriptor; then release."""
-        super().close()  # type: ignore[misc]
-        self._over()
-
-    def detach(self) -> int:
-        """Give the descriptor to the caller; then release."""
-        fd: int = super().detach()  # type: ignore[misc]
-        self._over()
-        return fd
-
-    def __del__(self) -> None:
-        # Who just drops it: the C finalizer warns of the open descriptor and closes it.
-        super().__del__()  # type: ignore[misc]
-        self._over()
-
-    def _over(self) -> None:
-        release = self.disown()
-        if release is not None:
-            release()
-
-
-class OwnedSocket(Released, RawSocket):
+class OwnedSocket(RawSocket):
     """A connected socket that tells when its descriptor is gone, once.
 
     Nothing on the way of the data is overridden. It is made of the C class: the Python
@@ -161,21 +119,42 @@ class OwnedSocket(Released, RawSocket):
 
     __slots__ = ("_forgotten", "_release")
     _forgotten: Callable[[OwnedSocket], object] | None
+    _release: Release | None
 
-    def when_forgotten(self, forgotten: Callable[[OwnedSocket], object] | None) -> None:
-        """Have ``forgotten(self)`` called when this is collected while it is open.
+    def own(self, release: Release, forgotten: Callable[[OwnedSocket], object]) -> None:
+        """Have *release* called when the descriptor is closed or given away.
 
-        It may be called in any thread, and has to see to the closing.
+        ``forgotten(self)`` is called, in any thread, when this is collected while it is
+        open, and has to see to the closing.
         """
+        self._release = release
         self._forgotten = forgotten
+
+    def close(self) -> None:
+        """Close the descriptor; then release."""
+        RawSocket.close(self)
+        self._over()
+
+    def detach(self) -> int:
+        """Give the descriptor to the caller; then release."""
+        fd = RawSocket.detach(self)
+        self._over()
+        return fd
 
     def __del__(self) -> None:
         forgotten = getattr(self, "_forgotten", None)
         if forgotten is None or self.fileno() < 0:
-            super().__del__()
+            # The C finalizer warns of an open descriptor and closes it.
+            super().__del__()  # type: ignore[misc]
         else:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             forgotten(self)
+
+    def _over(self) -> None:
+        release: Release | None = getattr(self, "_release", None)
+        if release is not None:
+            self._release = None
+            release()
 
 
 def raw_accept(sock: socket.socket) -> Callable[[], tuple[int, Address]]:

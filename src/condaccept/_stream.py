@@ -10,23 +10,19 @@ from __future__ import annotations
 import asyncio
 import socket
 from asyncio.trsock import TransportSocket
-from ssl import SSLContext
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from condaccept._channel import AT_ONCE, CHUNK, EVENTS, IN_A_ROW, Channel, check_callback
 from condaccept._events import Event, EventCallback, Signals, Subscription
 from condaccept._sockets import reset
-from condaccept._transports import HandedSocket, attach
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Coroutine
     from types import TracebackType
 
     from condaccept._pending import Address
 
 __all__ = ("Stream",)
-
-P = TypeVar("P", bound=asyncio.BaseProtocol)
 
 HIGH: Final = 64 * 1024
 """Unsent bytes above which `drain()` waits: asyncio's own mark."""
@@ -270,10 +266,6 @@ class Stream(Channel):
             self._paused = self._paused or len(self._buffer) > HIGH
             self._block()
 
-    async def _wait_flushed(self) -> None:
-        """Wait until something has changed about what is unsent."""
-        await self._wait()
-
     async def drain(self) -> None:
         """Wait until little enough is unsent: from above 64 KiB down to 16 KiB.
 
@@ -365,89 +357,6 @@ class Stream(Channel):
             reset(self._sock)
             self._watch.needed.discard(self)
             self._wake_waiters()
-
-    # -- handing over
-
-    async def into_transport(
-        self,
-        protocol_factory: Callable[[], P],
-        *,
-        ssl: SSLContext | None = None,
-    ) -> tuple[asyncio.Transport, P]:
-        """Give the connection to a transport of the loop, and return that and its protocol.
-
-        What was written goes out first. Bytes that were received already go to the
-        protocol right after its ``connection_made()``. The stream is closed afterwards;
-        what is held for the connection is released when the transport closes it.
-
-        Args:
-            protocol_factory: As for ``loop.create_server()``.
-            ssl: Begin TLS, as the server.
-
-        Raises:
-            RuntimeError: A read is under way, or `write_eof()` was called, or *ssl* was
-                given and bytes were received already (look at them with
-                `PendingTransport.peek()` instead); nothing has changed.
-            ConnectionAbortedError: The stream was closed by this side.
-            OSError: The connection failed before, or the TLS handshake did; it is closed.
-            Exception: Whatever *protocol_factory* raised; the connection is closed.
-
-        Cancellation:
-            While unsent bytes go out: nothing has changed. Later: the connection is closed.
-        """
-        if ssl is not None and not isinstance(ssl, SSLContext):
-            message = f"ssl is an ssl.SSLContext or None, got {ssl!r}"
-            raise TypeError(message)
-        while self._buffer and self._broken is None and not self._closing:
-            await self._wait_flushed()
-        if self._broken is not None or self._closing:
-            raise await self._refusal()
-        if self._reading or self._write_eof:
-            why = "a read is under way" if self._reading else "write_eof() was called"
-            message = f"the stream cannot be handed over: {why}"
-            raise RuntimeError(message)
-        if ssl is not None and self._inbox:
-            message = f"{len(self._inbox)} bytes were read already: TLS cannot begin behind them"
-            raise RuntimeError(message)
-        if self._registered:
-            self._unregister()
-        release = self._sock.disown()
-        self._sock.when_forgotten(None)
-        kind = self._sock.family, self._sock.type, self._sock.proto
-        sock = HandedSocket(*kind, self._sock.detach())
-        sock.own(release)
-        # Until now only the flags of each call said so; a transport's calls do not.
-        sock.setblocking(False)
-        self._closing = self._given = True
-        self._watch.needed.discard(self)
-        self._wake_waiters()
-        data, self._inbox = bytes(self._inbox), bytearray()
-        transport, protocol = await attach(self._loop, sock, protocol_factory, data, ssl)
-        return transport, cast("P", protocol)
-
-    async def into_streams(
-        self, *, ssl: SSLContext | None = None, limit: int = LINE
-    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Give the connection to a pair of asyncio's streams.
-
-        Args:
-            ssl: Begin TLS, as the server.
-            limit: The reader's limit, in bytes.
-
-        Raises:
-            Exception: As `into_transport()`.
-
-        Cancellation:
-            As `into_transport()`.
-        """
-        reader = asyncio.StreamReader(limit=limit, loop=self._loop)
-        writers: list[asyncio.StreamWriter] = []
-        # With a callback, as a server has one: start_tls() then knows which side this is.
-        protocol = asyncio.StreamReaderProtocol(
-            reader, lambda _, writer: writers.append(writer), loop=self._loop
-        )
-        await self.into_transport(lambda: protocol, ssl=ssl)
-        return reader, writers[0]
 
     async def __aenter__(self) -> Self:
         return self
