@@ -16,8 +16,8 @@ import attrs
 
 from condaccept._listener import Listener
 from condaccept._pending import Address, Credentials, Peer, PendingTransport
+from condaccept.gates._connected import ConnectedGate
 from condaccept.gates._connection import CALLEE_DATA_CAPACITY, Connection, Kind
-from condaccept.gates._farewell import Farewells
 
 if TYPE_CHECKING:
     import asyncio
@@ -98,7 +98,7 @@ def pending_transport(
     return pending
 
 
-class MemoryGate:
+class MemoryGate(ConnectedGate):
     """A gate without a network: connections are pairs of connected sockets.
 
     With *slow*, an accepted connection is complete only when the test says so: each waits
@@ -115,10 +115,9 @@ class MemoryGate:
         slow: bool = False,
         reject_timeout: float | None = 5.0,
     ) -> None:
+        super().__init__(loop, watch, reject_timeout)
         self._loop = loop
-        self._watch = watch
         self._slow = slow
-        self._farewells = Farewells(loop, watch, reject_timeout)
         self._queue: deque[Connection] = deque()
         self._ready: Callable[[], object] = lambda: None
         self.closed = False
@@ -154,16 +153,6 @@ class MemoryGate:
             connection.own().close()
             admission.set_exception(ConnectionResetError())
 
-    @property
-    def rejecting(self) -> int:
-        """How many refused connections are still being told so."""
-        return len(self._farewells)
-
-    @property
-    def cut_short(self) -> int:
-        """How many refused connections could not be given the time to read why."""
-        return self._farewells.cut_short
-
     def share(self) -> None:
         """There is nothing to share."""
 
@@ -191,34 +180,16 @@ class MemoryGate:
         """Take up to *limit* connections."""
         return [self._queue.popleft() for _ in range(min(limit, len(self._queue)))]
 
-    def watch(self, arrival: Connection, changed: Callable[[], object]) -> None:
-        """Call *changed* when the peer of an undecided connection leaves."""
-        if self._watch.tells_hangup and not arrival.watched:
-            arrival.watched = True
-            self._watch.register(arrival.fd, 0, lambda _: changed())
-
     def admit(self, arrival: Connection) -> OwnedSocket | asyncio.Future[OwnedSocket]:
         """Let a connection in, at once or when the test says so."""
-        self._unwatch(arrival)
+        if arrival.watched:
+            self._unwatch(arrival)
         if not self._slow:
             return arrival.own()
         admission: asyncio.Future[OwnedSocket] = self._loop.create_future()
         self.admitting.append((arrival, admission))
         admission.add_done_callback(lambda _: self._dropped(arrival, admission))
         return admission
-
-    def refuse(self, arrival: Connection, data: bytes) -> None:
-        """Refuse a connection."""
-        self._unwatch(arrival)
-        if data:
-            self._farewells.say(arrival.farewell(), data)
-        else:
-            arrival.reset()
-
-    def forget(self, arrival: Connection) -> None:
-        """Drop a connection that found its end without a verdict."""
-        self._unwatch(arrival)
-        arrival.reset()
 
     def close(self) -> None:
         """Take no more; whoever was not taken reads the end of the stream."""
@@ -234,11 +205,6 @@ class MemoryGate:
             arrival.reset()
             if (arrival, admission) in self.admitting:
                 self.admitting.remove((arrival, admission))
-
-    def _unwatch(self, arrival: Connection) -> None:
-        if arrival.watched:
-            arrival.watched = False
-            self._watch.unregister(arrival.fd)
 
 
 def memory_listener(

@@ -19,14 +19,13 @@ from condaccept._sockets import (
     apply_options,
     backlog,
     classify,
-    inherit_reset,
     linger,
     raw_accept,
     set_linger,
 )
 from condaccept._watch import READ
+from condaccept.gates._connected import ConnectedGate
 from condaccept.gates._connection import Connection, Kind
-from condaccept.gates._farewell import Farewells
 
 if TYPE_CHECKING:
     import asyncio
@@ -56,7 +55,7 @@ class _Lane:
         self.accept: Callable[[], tuple[int, Address]] = raw_accept(sock)
 
 
-class HandshakeGate:
+class HandshakeGate(ConnectedGate):
     """Takes finished connections from listening sockets, which it owns.
 
     With *lingers*, each socket has been made to let connections inherit that closing them
@@ -74,9 +73,8 @@ class HandshakeGate:
         reject_timeout: float | None = 5.0,
         lingers: Sequence[bytes] | None = None,
     ) -> None:
+        super().__init__(loop, watch, reject_timeout)
         self.sockets = tuple(sockets)
-        self._watch = watch
-        self._farewells = Farewells(loop, watch, reject_timeout)
         self._lanes = deque(_Lane(sock) for sock in sockets)
         self._first = self._lanes[0]
         # Asking is a fifth of the price of an accept(2) that says EAGAIN, and it tells
@@ -93,14 +91,6 @@ class HandshakeGate:
                 lane.kind.resets = True
             _unshared.add(self)
 
-    @property
-    def rejecting(self) -> int:
-        return len(self._farewells)
-
-    @property
-    def cut_short(self) -> int:
-        return self._farewells.cut_short
-
     def share(self) -> None:
         """Let connections inherit nothing that another process would not expect."""
         for lane in self._lanes:
@@ -114,18 +104,19 @@ class HandshakeGate:
                     continue
 
     def setsockopt(self, option: Option) -> None:
+        if option[:2] == _SO_LINGER:
+            # Connections inherit what the sockets have: from now on that is this.
+            self.share()
         for lane in self._lanes:
             apply_options(lane.sock, [option])
             if lane.kind.linger is not None and option[:2] == _SO_LINGER:
                 lane.kind.linger = linger(lane.sock)
-                if lane.kind.resets:
-                    inherit_reset(lane.sock)
 
     def getsockopt(self, level: int, name: int, buflen: int) -> int | bytes:
         lane = self._first
-        if lane.kind.linger is not None and (level, name) == _SO_LINGER:
-            linger = lane.kind.linger
-            return linger[:buflen] if buflen else int.from_bytes(linger[:4], sys.byteorder)
+        asked = lane.kind.linger
+        if asked is not None and (level, name) == _SO_LINGER:
+            return asked[:buflen] if buflen else int.from_bytes(asked[:4], sys.byteorder)
         if buflen:
             return lane.sock.getsockopt(level, name, buflen)
         return lane.sock.getsockopt(level, name)
@@ -180,32 +171,10 @@ class HandshakeGate:
             taken.append(Connection(fd, lane.kind, caller_id, hangup=hangup))
         return taken
 
-    def watch(self, arrival: Connection, changed: Callable[[], object]) -> None:
-        if self._watch.tells_hangup and not arrival.watched:
-            try:
-                self._watch.register(arrival.fd, 0, lambda _: changed())
-            except OSError:
-                # fs.epoll.max_user_watches, or no memory: noticed when offered again.
-                return
-            arrival.watched = True
-
     def admit(self, arrival: Connection) -> OwnedSocket:
         if arrival.watched:
             self._unwatch(arrival)
         return arrival.own()
-
-    def refuse(self, arrival: Connection, data: bytes) -> None:
-        if arrival.watched:
-            self._unwatch(arrival)
-        if data:
-            self._farewells.say(arrival.farewell(), data)
-        else:
-            arrival.reset()
-
-    def forget(self, arrival: Connection) -> None:
-        if arrival.watched:
-            self._unwatch(arrival)
-        arrival.reset()
 
     def close(self) -> None:
         _unshared.discard(self)
@@ -221,11 +190,6 @@ class HandshakeGate:
     def _dry(self) -> None:
         for lane in self._lanes:
             self._watch.dry(lane.fd)
-
-    def _unwatch(self, arrival: Connection) -> None:
-        # Before the descriptor is closed: its number may come back at once.
-        arrival.watched = False
-        self._watch.unregister(arrival.fd)
 
     def _ready_lane(self) -> _Lane | None:
         """Return the next listening socket that somebody waits on, by turns."""

@@ -1,0 +1,66 @@
+"""What gates of connected sockets have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from condaccept.gates._farewell import Farewells
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+    from condaccept._watch import Watch
+    from condaccept.gates._connection import Connection
+
+__all__ = ("ConnectedGate",)
+
+
+class ConnectedGate:
+    """Watches and refuses connections that have a socket already."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, watch: Watch, reject_timeout: float | None
+    ) -> None:
+        self._watch = watch
+        self._farewells = Farewells(loop, watch, reject_timeout)
+
+    @property
+    def rejecting(self) -> int:
+        """How many refused connections are still being told so."""
+        return len(self._farewells)
+
+    @property
+    def cut_short(self) -> int:
+        """How many refused connections could not be given the time to read why."""
+        return self._farewells.cut_short
+
+    def watch(self, arrival: Connection, changed: Callable[[], object]) -> None:
+        """Call *changed* when the peer of an undecided connection leaves."""
+        if self._watch.tells_hangup and not arrival.watched:
+            try:
+                self._watch.register(arrival.fd, 0, lambda _: changed())
+            except OSError:
+                # fs.epoll.max_user_watches, or no memory: noticed when offered again.
+                return
+            arrival.watched = True
+
+    def refuse(self, arrival: Connection, data: bytes) -> None:
+        """Refuse a connection; with *data*, the caller is to read that first."""
+        if arrival.watched:
+            self._unwatch(arrival)
+        if data:
+            self._farewells.say(arrival.farewell(), data)
+        else:
+            arrival.reset()
+
+    def forget(self, arrival: Connection) -> None:
+        """Drop a connection that found its end without a verdict."""
+        if arrival.watched:
+            self._unwatch(arrival)
+        arrival.reset()
+
+    def _unwatch(self, arrival: Connection) -> None:
+        # Before the descriptor is closed: its number may come back at once.
+        arrival.watched = False
+        self._watch.unregister(arrival.fd)
