@@ -12,6 +12,8 @@ import uvloop
 from hypothesis import settings
 
 from condaccept import Listener, Stream, listen
+from condaccept._watch import EpollWatch, ReaderWatch
+from condaccept.gates import HandshakeGate
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -71,3 +73,23 @@ async def listener() -> AsyncIterator[Listener[Stream]]:
     """A listener on 127.0.0.1, closed at the end of the test."""
     async with await listen("127.0.0.1", 0) as opened:
         yield opened
+
+
+@pytest.fixture(params=[EpollWatch, ReaderWatch], ids=["epoll", "reader"])
+async def either(request: pytest.FixtureRequest) -> AsyncIterator[Listener[Stream]]:
+    """A listener over either kind of watch."""
+    sock = socket.create_server(("127.0.0.1", 0))
+    opened: Listener[Stream] = Listener(
+        lambda loop, watch: HandshakeGate(loop, watch, [sock]), watch=request.param
+    )
+    async with opened:
+        yield opened
+
+
+@pytest.fixture
+async def pair(either: Listener[Stream], dial: Dial) -> AsyncIterator[tuple[Stream, socket.socket]]:
+    """A stream and its client, over either kind of watch."""
+    client = dial(either)
+    stream = await either.accept()
+    yield stream, client
+    stream.abort()

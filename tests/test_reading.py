@@ -11,19 +11,14 @@ import socket
 import termios
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import pytest
 
-from condaccept import Event, Listener, Stream
+from condaccept import Event, Stream
 from condaccept._channel import AT_ONCE, IN_A_ROW
 from condaccept._stream import LINE
-from condaccept._watch import EpollWatch, ReaderWatch
-from condaccept.gates import HandshakeGate
-from tests.support import Dial, caught_up, descriptors, reset, until, wire_end
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+from tests.support import caught_up, descriptors, reset, turns, until, wire_end
 
 Pair: TypeAlias = tuple[Stream, socket.socket]
 Source: TypeAlias = Stream | asyncio.StreamReader
@@ -54,32 +49,6 @@ every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 keeping = {name: call for name, call in CALLS.items() if name != "read"}
 every_keeping_call = pytest.mark.parametrize("call", keeping.values(), ids=keeping)
 """Every call that may wait with bytes in hand."""
-
-
-@pytest.fixture(params=[EpollWatch, ReaderWatch], ids=["epoll", "reader"])
-async def either(request: pytest.FixtureRequest) -> AsyncIterator[Listener[Stream]]:
-    """A listener over either kind of watch."""
-    sock = socket.create_server(("127.0.0.1", 0))
-    opened: Listener[Stream] = Listener(
-        lambda loop, watch: HandshakeGate(loop, watch, [sock]), watch=request.param
-    )
-    async with opened:
-        yield opened
-
-
-@pytest.fixture
-async def pair(either: Listener[Stream], dial: Dial) -> AsyncIterator[Pair]:
-    """A stream and its client, over either kind of watch."""
-    client = dial(either)
-    stream = await either.accept()
-    yield stream, client
-    stream.abort()
-
-
-async def turns(n: int = 20) -> None:
-    """Let the loop turn *n* times."""
-    for _ in range(n):
-        await asyncio.sleep(0)
 
 
 async def parked(stream: Stream, awaitable: Awaitable[Any]) -> asyncio.Future[Any]:

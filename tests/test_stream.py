@@ -27,13 +27,14 @@ from tests.support import (
     descriptors,
     queued,
     reset,
+    turns,
     until,
     wire,
     wire_end,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from condaccept import AnyVerdict, PendingTransport
@@ -42,32 +43,6 @@ MB = 1024 * 1024
 Pair: TypeAlias = tuple[Stream, socket.socket]
 Told: TypeAlias = list[tuple[Stream, Event, OSError | None]]
 """What a callback was told."""
-
-
-@pytest.fixture(params=[EpollWatch, ReaderWatch], ids=["epoll", "reader"])
-async def either(request: pytest.FixtureRequest) -> AsyncIterator[Listener[Stream]]:
-    """A listener over either kind of watch."""
-    sock = socket.create_server(("127.0.0.1", 0))
-    opened: Listener[Stream] = Listener(
-        lambda loop, watch: HandshakeGate(loop, watch, [sock]), watch=request.param
-    )
-    async with opened:
-        yield opened
-
-
-@pytest.fixture
-async def pair(either: Listener[Stream], dial: Dial) -> AsyncIterator[Pair]:
-    """A stream and its client, over either kind of watch."""
-    client = dial(either)
-    stream = await either.accept()
-    yield stream, client
-    stream.abort()
-
-
-async def turns(n: int = 20) -> None:
-    """Let the loop turn *n* times: what loopback has delivered is told within three."""
-    for _ in range(n):
-        await asyncio.sleep(0)
 
 
 async def count(told: list[Any], n: int) -> None:
