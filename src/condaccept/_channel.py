@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from condaccept._pending import Address
     from condaccept._sockets import OwnedSocket
+    from condaccept._transports import Attachment
     from condaccept._watch import Watch
 
 __all__ = ("Channel", "check_callback", "deliver")
@@ -50,6 +51,7 @@ class Channel:
 
     __slots__ = (
         "__weakref__",
+        "_attachment",
         "_blocked",
         "_broken",
         "_buffer",
@@ -108,6 +110,7 @@ class Channel:
         self._broken: OSError | None = None
         self._peer_error: OSError | None = None  # SO_ERROR, once taken
         self._ended = False  # CLOSE was told, or would have been
+        self._attachment: Attachment | None = None  # where the connection went
         self._streak = 0
         self._signals: Signals | None = None
         if inherited:
@@ -337,6 +340,7 @@ class Channel:
         if self._buffer:
             return
         self._blocked = False
+        self._wake_waiters()
         self._let_go()
         if self._closing:
             self._finish()
@@ -383,6 +387,9 @@ class Channel:
             fresh = OSError(broken.errno, broken.strerror)
             fresh.__cause__ = broken
             return fresh
+        if self._attachment is not None:
+            reason = "the stream was handed over to a transport of the loop"
+            return ConnectionAbortedError(errno.ECONNABORTED, reason)
         return ConnectionAbortedError(errno.ECONNABORTED, "the stream was closed by this side")
 
     async def _refusal(self) -> OSError:

@@ -154,7 +154,7 @@ class Deciding(Generic[T]):
         for each in list(self._streams.values()):
             stream = each()
             if stream is not None:
-                stream.abort()
+                (stream._attachment or stream).abort()
 
     def undecided(self) -> tuple[PendingTransport, ...]:
         """See `Listener.pending`."""

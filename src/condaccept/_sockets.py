@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from condaccept._pending import Address, Release
 
 __all__ = (
+    "HandedSocket",
     "Option",
     "OwnedSocket",
     "RawSocket",
@@ -141,6 +142,20 @@ class OwnedSocket(RawSocket):
         self._over()
         return fd
 
+    def hand_over(self, caller_id: Address, owner: object) -> HandedSocket:
+        """Give the descriptor, and the release with it, to a socket for a transport.
+
+        *owner* lives as long as the descriptor is open there.
+        """
+        release, self._release = self._release, None
+        handed = HandedSocket(self.family, socket.SOCK_STREAM, self.proto, RawSocket.detach(self))
+        handed.caller_id = caller_id
+        handed.owner = owner
+        handed.release = release
+        # Ours never needed the kernel's own flag; a transport's recv does.
+        handed.setblocking(False)
+        return handed
+
     def __del__(self) -> None:
         forgotten = getattr(self, "_forgotten", None)
         if forgotten is None or self.fileno() < 0:
@@ -154,6 +169,52 @@ class OwnedSocket(RawSocket):
         release: Release | None = getattr(self, "_release", None)
         if release is not None:
             self._release = None
+            release()
+
+
+class HandedSocket(socket.socket):
+    """A connected socket for a transport of the loop, which tells of its end as ours does.
+
+    asyncio's transports call `close()`, uvloop's `detach()`, both when the connection is
+    over and behind `connection_lost()`. Neither looks at the class of the socket, and
+    nothing on the way of the data is overridden; wrapping the transport or the protocol in
+    its place would fail `loop.start_tls()`, `loop.sendfile()` or `set_protocol()`.
+    """
+
+    caller_id: Address = None
+    owner: object = None
+    release: Release | None = None
+
+    def close(self) -> None:
+        """Close the descriptor; then release."""
+        super().close()
+        if self.fileno() < 0:
+            self._over()
+
+    def detach(self) -> int:
+        """Give the descriptor to the caller; then release."""
+        fd = super().detach()
+        self._over()
+        return fd
+
+    def dup(self) -> socket.socket:  # type: ignore[override]
+        """Return a plain socket: what becomes of a duplicate is no end of this connection."""
+        twin = socket.fromfd(self.fileno(), self.family, self.type, self.proto)
+        twin.settimeout(self.gettimeout())
+        return twin
+
+    def getpeername(self) -> Address:
+        """Return the caller's address, also after a reset: ENOTCONN is what that gives."""
+        return self.caller_id
+
+    def __del__(self) -> None:
+        # In place of the C finalizer, which would close the descriptor: when uvloop's
+        # transport and this are collected together, libuv still has it and aborts.
+        self._over()
+
+    def _over(self) -> None:
+        if (release := self.release) is not None:
+            self.release = self.owner = None
             release()
 
 

@@ -10,19 +10,32 @@ from __future__ import annotations
 import asyncio
 import socket
 from asyncio.trsock import TransportSocket
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from condaccept._channel import AT_ONCE, CHUNK, EVENTS, IN_A_ROW, Channel, check_callback
 from condaccept._events import Event, EventCallback, Signals, Subscription
-from condaccept._sockets import reset
+from condaccept._pending import PEEK_LIMIT, Peer
+from condaccept._sockets import peer, reset
+from condaccept._transports import (
+    READER_LIMIT,
+    Attachment,
+    attach,
+    check_tls,
+    streams_protocol,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
+    from ssl import SSLContext
     from types import TracebackType
 
     from condaccept._pending import Address
+    from condaccept._transports import TlsOptions
 
 __all__ = ("Stream",)
+
+P = TypeVar("P", bound=asyncio.BaseProtocol)
+R = TypeVar("R")
 
 HIGH: Final = 64 * 1024
 """Unsent bytes above which `drain()` waits: asyncio's own mark."""
@@ -230,6 +243,94 @@ class Stream(Channel):
                 self._look_again()
         return taken
 
+    async def peek(self, n: int) -> bytes:
+        """Return the next *n* bytes and leave them unread; fewer only at the end of the stream.
+
+        What was not read yet stays with the kernel, so that TLS can still begin with it.
+
+        Args:
+            n: From 0 to 16384, which is a TLS record. Fewer are returned in front of an
+                urgent byte, too.
+
+        Raises:
+            ValueError: *n* is out of these bounds, or more than the receive buffer of the
+                socket holds.
+            RuntimeError, OSError: As `read()`.
+
+        Cancellation:
+            Safe.
+
+        Source: recv(2), MSG_PEEK; socket(7), SO_RCVLOWAT.
+        """
+        if not 0 <= n <= PEEK_LIMIT:
+            message = f"between 0 and {PEEK_LIMIT} bytes can be peeked, got {n}"
+            raise ValueError(message)
+        return await self._exclusively(self._ahead(n))
+
+    async def _ahead(self, n: int) -> bytes:
+        if self._streak >= IN_A_ROW:
+            await self._turn()
+        self._streak += 1
+        waited = False
+        while True:
+            if self._broken is not None or self._closing:
+                raise await self._refusal()
+            data = bytes(self._inbox[:n])
+            if self._eof or len(data) == n:
+                return data
+            more = self._look_ahead(n - len(data), last=waited)
+            if more is not None:
+                # The watch may have told of it, and nobody but this call.
+                self._look_again()
+                return data + more
+            if self._broken is None:
+                await self._until_readable(n - len(data))
+                waited = True
+
+    def _look_ahead(self, n: int, *, last: bool) -> bytes | None:
+        """Peek *n* bytes, fewer if no more can come; ``None``: more may, or it failed."""
+        tcp = self._sock.proto == socket.IPPROTO_TCP
+        flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
+        try:
+            data = self._sock.recv(n, flags)
+            if 0 < len(data) < n:
+                if peer(self._sock, tcp=tcp) is not Peer.THERE:
+                    # Whatever came between the two looks is the last there is.
+                    return self._sock.recv(n, flags)
+                # The kernel has said that n bytes are there: it is an urgent byte that ends
+                # the peek. To wait once more would be to spin.
+                return data if last and tcp else None
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            self._break(error)
+            return None
+        if not data and self._peer_error is not None:
+            self._break(self._peer_error)
+            return None
+        return data
+
+    async def _until_readable(self, n: int) -> None:
+        """Wait until *n* bytes can be received, or no more will come."""
+        option = socket.SOL_SOCKET, socket.SO_RCVLOWAT
+        # Without it a caller who sends byte by byte wakes this call for each. A Unix socket
+        # takes the mark and does not keep to it.
+        self._sock.setsockopt(*option, n)
+        try:
+            if self._sock.getsockopt(*option) < n:
+                await self._turn()
+                message = f"the receive buffer of this socket does not hold {n} bytes"
+                raise ValueError(message)
+            if not self._registered:
+                self._register()
+            self._watch.dry(self._sock.fileno())
+            await self._readable()
+        finally:
+            if self._sock.fileno() >= 0:
+                self._sock.setsockopt(*option, 1)
+            # What came below the mark was told to nobody.
+            self._dry = False
+
     # -- writing
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -316,12 +417,130 @@ class Stream(Channel):
             if not self._buffer:
                 self._shut()
 
+    # -- handing over
+
+    async def into_transport(
+        self,
+        protocol_factory: Callable[[], P],
+        ssl: SSLContext | None = None,
+        *,
+        ssl_handshake_timeout: float | None = None,
+        ssl_shutdown_timeout: float | None = None,
+    ) -> tuple[asyncio.Transport, P]:
+        """Hand the connection over to a transport of the loop; return that and its protocol.
+
+        What was written is sent first. What was received and not read yet goes to the
+        protocol right behind its ``connection_made()``, even if that pauses reading. What
+        was held for the connection is released when the transport has closed it. This
+        stream is closed then, and neither its `close()` nor its `abort()` reaches the
+        transport; those of the listener and of a group do.
+
+        Args:
+            protocol_factory: Makes the protocol, plain or buffered; called once.
+            ssl: Begin with the server's side of TLS. Bytes that were received by this
+                stream are too late for that: use `peek()` to look at them before.
+            ssl_handshake_timeout: Seconds; ``None`` is the loop's own.
+            ssl_shutdown_timeout: Seconds; ``None`` is the loop's own.
+
+        Returns:
+            ``(transport, protocol)``.
+
+        Raises:
+            RuntimeError: Another task is reading this stream; or `write_eof()` was called;
+                or *ssl* is given and bytes were received. The stream is as it was.
+            ConnectionAbortedError: The stream was closed by this side, or handed over.
+            OSError: The connection failed.
+            ssl.SSLError, ConnectionError, TimeoutError: The TLS handshake failed; the
+                connection is closed.
+            TypeError, ValueError: An argument is not what it should be.
+            Exception: Whatever *protocol_factory* raised; the stream is as it was.
+
+        Cancellation:
+            As long as earlier data is being sent the stream stays as it was; after that
+            the connection is closed.
+
+        Source: `loop.connect_accepted_socket()`.
+        """
+        tls = check_tls(ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
+        protocol, data = await self._prepared(protocol_factory, tls)
+        return await self._attach(protocol, data, tls), protocol
+
+    async def into_streams(
+        self,
+        ssl: SSLContext | None = None,
+        *,
+        limit: int = READER_LIMIT,
+        ssl_handshake_timeout: float | None = None,
+        ssl_shutdown_timeout: float | None = None,
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Hand the connection over to asyncio's streams; return ``(reader, writer)``.
+
+        The reader begins with what was received and not read yet; *limit* is its limit in
+        bytes. The rest is as with `into_transport()`.
+        """
+        tls = check_tls(ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            message = f"limit is a number of bytes, at least 1, got {limit!r}"
+            raise ValueError(message)
+        made: list[asyncio.StreamWriter] = []
+        (reader, protocol), _ = await self._prepared(
+            lambda: streams_protocol(bytes(self._inbox), limit, made), tls
+        )
+        await self._attach(protocol, b"", tls)
+        return reader, made[0]
+
+    async def _prepared(self, factory: Callable[[], R], tls: TlsOptions) -> tuple[R, bytes]:
+        """Make ready for another owner; return what *factory* made and what was not read."""
+        if self._reading:
+            raise await self._two_readers()
+        self._reading = True
+        try:
+            if tls["ssl"] is not None and self._inbox:
+                await self._turn()
+                message = f"{len(self._inbox)} bytes were received before TLS: peek() at them"
+                raise RuntimeError(message)
+            while self._buffer and not self._closing:
+                await self._wait()
+            if self._peer_error is not None and self._broken is None:
+                self._break(self._peer_error)
+            if self._closing or self._broken is not None:
+                raise await self._refusal()
+            if self._write_eof:
+                await self._turn()
+                message = "a half-closed stream cannot be handed over: write_eof() was called"
+                raise RuntimeError(message)
+            try:
+                made = factory()
+            except Exception:
+                await self._turn()
+                raise
+            if self._closing:
+                raise await self._refusal()
+        except BaseException:
+            self._gave_up()
+            raise
+        finally:
+            self._reading = False
+        return made, bytes(self._inbox)
+
+    async def _attach(
+        self, protocol: asyncio.BaseProtocol, data: bytes, tls: TlsOptions
+    ) -> asyncio.Transport:
+        """Let go of the socket and have a transport take it."""
+        if self._registered:
+            self._unregister()
+        self._closing = True
+        self._attachment = Attachment(self._sock.hand_over(self.caller_id, self))
+        self._watch.needed.discard(self)
+        self._wake_waiters()
+        return await attach(self._attachment, protocol, data, tls)
+
     # -- ending
 
     def close(self) -> None:
         """Close: what is unsent goes out in the background, then the end of the stream.
 
-        A second call does nothing.
+        A second call does nothing; nor does one on a stream that was handed over.
         """
         if self._closing:
             return
@@ -332,7 +551,7 @@ class Stream(Channel):
             self._finish()
 
     async def wait_closed(self) -> None:
-        """Wait until the descriptor is closed.
+        """Wait until the descriptor is closed, or handed over.
 
         Raises:
             OSError: Not all that was written could be sent.
@@ -347,7 +566,10 @@ class Stream(Channel):
             raise self._why_not()
 
     def abort(self) -> None:
-        """Reset the connection; what is unsent is dropped."""
+        """Reset the connection; what is unsent is dropped.
+
+        Does nothing to a connection that was handed over.
+        """
         self._closing = True
         self._wake_reader()
         self._buffer.clear()
