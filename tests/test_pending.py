@@ -627,8 +627,8 @@ def test_an_empty_deque() -> None:
     assert pending.head() is None
     assert not pending.due()
     assert not pending.full
-    assert pending.expired(1e9) == []
-    assert pending.next_deadline is None
+    assert pending.alarms(1e9, 1000)[0] == []
+    assert pending.next_alarm is None
 
 
 @pytest.mark.parametrize(
@@ -680,7 +680,7 @@ def test_an_illegal_move_leaves_the_deque_as_it_was() -> None:
     assert len(pending) == 4
     assert pending.deciding == 1
     assert pending.undecided() == tuple(entered[:3])
-    assert pending.next_deadline == 10
+    assert pending.next_alarm == 10
 
 
 def test_an_illegal_entry_leaves_the_deque_as_it_was() -> None:
@@ -693,7 +693,7 @@ def test_an_illegal_entry_leaves_the_deque_as_it_was() -> None:
         assert gone.status is end
         assert not gone._kept
     assert len(pending) == 0
-    assert pending.next_deadline is None
+    assert pending.next_alarm is None
 
 
 @pytest.mark.parametrize("before", [QUEUED, DEFERRED], ids=lambda status: status.value)
@@ -708,7 +708,7 @@ def test_resume_gives_back_what_was(before: Status) -> None:
     assert entered[0].status is before
     assert pending.head() is entered[0]
     assert pending.deciding == 0
-    assert pending.next_deadline == 10
+    assert pending.next_alarm == 10
 
 
 async def test_a_fresh_one_can_be_kept_undecided(listener: Listener[Stream], dial: Dial) -> None:
@@ -749,9 +749,9 @@ def test_the_deadline_counts_from_the_first_deferral() -> None:
     for now in range(1, 10):
         pending.move(entered[0], DECIDING, now)
         pending.move(entered[0], DEFERRED, now)
-    assert pending.next_deadline == 10
-    assert pending.expired(9.99) == []
-    assert pending.expired(10) == entered
+    assert pending.next_alarm == 10
+    assert pending.alarms(9.99, 1000)[0] == []
+    assert pending.alarms(10, 1000)[0] == entered
     assert entered[0].status is DEFERRED
 
 
@@ -759,11 +759,11 @@ def test_a_deadline_while_deciding() -> None:
     """One under decision at its deadline expires after it was deferred again, once."""
     pending, entered = deque_of(DEFERRED)
     pending.move(entered[0], DECIDING, 9)
-    assert pending.expired(11) == []
+    assert pending.alarms(11, 1000)[0] == []
     pending.move(entered[0], DEFERRED, 12)
-    assert pending.next_deadline == 10
-    assert pending.expired(12) == entered
-    assert pending.expired(12) == []
+    assert pending.next_alarm == 10
+    assert pending.alarms(12, 1000)[0] == entered
+    assert pending.alarms(12, 1000)[0] == []
 
 
 def test_a_deadline_while_deciding_that_nobody_asked_about() -> None:
@@ -772,33 +772,33 @@ def test_a_deadline_while_deciding_that_nobody_asked_about() -> None:
     pending.move(entered[0], DECIDING, 9)
     pending.move(entered[0], DEFERRED, 12)
 
-    assert pending.expired(13) == entered
+    assert pending.alarms(13, 1000)[0] == entered
 
 
 def test_a_deadline_while_deciding_that_was_given_back() -> None:
     """One under decision at its deadline expires after the decision was cancelled, too."""
     pending, entered = deque_of(DEFERRED)
     pending.move(entered[0], DECIDING, 9)
-    assert pending.expired(11) == []
+    assert pending.alarms(11, 1000)[0] == []
     pending.resume(entered[0], 12)
 
-    assert pending.expired(12) == entered
+    assert pending.alarms(12, 1000)[0] == entered
 
 
 def test_no_deadline() -> None:
     """Without a limit nothing expires."""
     pending, _ = deque_of(DEFERRED, defer_timeout=None)
 
-    assert pending.next_deadline is None
-    assert pending.expired(1e12) == []
+    assert pending.next_alarm is None
+    assert pending.alarms(1e12, 1000)[0] == []
 
 
 def test_a_limit_of_zero_expires_at_once() -> None:
     """Zero means zero: a deferred connection is over its deadline at once."""
     pending, entered = deque_of(DEFERRED, defer_timeout=0)
 
-    assert pending.next_deadline == 0
-    assert pending.expired(0) == entered
+    assert pending.next_alarm == 0
+    assert pending.alarms(0, 1000)[0] == entered
 
 
 def test_decided_ones_leave_no_deadline() -> None:
@@ -808,10 +808,10 @@ def test_decided_ones_leave_no_deadline() -> None:
     pending.move(entered[0], REJECTED, 2)
     pending.move(entered[1], RESET, 3)
 
-    assert pending.next_deadline is None
+    assert pending.next_alarm is None
 
 
-def test_deadlines_of_the_decided_are_bounded() -> None:
+def test_alarms_of_the_decided_are_bounded() -> None:
     """Ten thousand deferred and decided connections do not pile up behind a waiting one."""
     pending, _ = deque_of(DEFERRED)
     for n in range(10_000):
@@ -821,7 +821,7 @@ def test_deadlines_of_the_decided_are_bounded() -> None:
         pending.move(each, REJECTED, 1)
 
     assert len(pending) == 1
-    assert len(pending._deadlines) < 100
+    assert len(pending._alarms) < 100
 
 
 def test_many_deferrals_of_one_are_bounded() -> None:
@@ -832,8 +832,8 @@ def test_many_deferrals_of_one_are_bounded() -> None:
         pending.move(entered[0], DECIDING, now)
         pending.move(entered[0], DEFERRED, now)
 
-    assert len(pending._deadlines) < 100
-    assert pending.expired(20) == entered
+    assert len(pending._alarms) < 100
+    assert pending.alarms(20, 1000)[0] == entered
 
 
 def test_a_decided_one_is_not_kept_alive_for_ever() -> None:
@@ -845,7 +845,7 @@ def test_a_decided_one_is_not_kept_alive_for_ever() -> None:
     weak = weakref.ref(witness)
     pending.move(entered[1], DECIDING, 1)
     pending.move(entered[1], REJECTED, 1)
-    pending.expired(10)
+    pending.alarms(10, 1000)[0]
     del entered[:], witness
     gc.collect()
 
@@ -1002,10 +1002,10 @@ class DequeMachine(RuleBasedStateMachine):
             for row in self._any(DEFERRED)
             if row.deadline is not None and row.deadline <= self.now
         ]
-        found = self.deque.expired(self.now)
+        found = self.deque.alarms(self.now, 1000)[0]
         assert sorted(each.caller_id for each in found) == [row.pending.caller_id for row in over]
         assert all(each.status is DEFERRED for each in found)
-        deadline = self.deque.next_deadline
+        deadline = self.deque.next_alarm
         assert deadline is None or deadline > self.now
         for row in over:
             self._move(row, EXPIRED)
@@ -1060,13 +1060,13 @@ class DequeMachine(RuleBasedStateMachine):
         assert self.deque.deciding == len(self._any(DECIDING))
         assert self.deque.deciding <= self.max_deciding
         assert self.deque.full == self._full()
-        assert len(self.deque._deadlines) <= 2 * max(len(self.rows), 6) + 65
+        assert len(self.deque._alarms) <= 2 * max(len(self.rows), 6) + 65
 
     @invariant()
     def deadlines(self) -> None:
         """Nobody that can expire is forgotten, and nobody who has left is waited for."""
         waiting = [row.deadline for row in self._any(DEFERRED) if row.deadline is not None]
-        deadline = self.deque.next_deadline
+        deadline = self.deque.next_alarm
         if waiting:
             assert deadline is not None
             assert deadline <= min(waiting)

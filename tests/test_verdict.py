@@ -99,10 +99,10 @@ def test_until_bytes(value: int | None) -> None:
     assert Defer(until_bytes=value).until_bytes == value
 
 
-@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("value", [0, -1, 16385])
 def test_until_bytes_out_of_range(value: int) -> None:
-    """To wait for less than one byte is refused."""
-    with pytest.raises(ValueError, match="until_bytes is at least 1, got"):
+    """To wait for less than one byte, or for more than can be peeked, is refused."""
+    with pytest.raises(ValueError, match="until_bytes is from 1 to 16384, which can be peeked"):
         Defer(until_bytes=value)
 
 

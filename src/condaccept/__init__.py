@@ -19,10 +19,13 @@ The model is Winsock's WSPAccept. Start reading at `Listener.accept()`.
 
 from __future__ import annotations
 
+from condaccept._capacity import Limit as Limit
+from condaccept._capacity import Slots as Slots
 from condaccept._events import Event as Event
 from condaccept._events import EventCallback as EventCallback
 from condaccept._events import Outcome as Outcome
 from condaccept._events import Subscription as Subscription
+from condaccept._exhaustion import Episode as Episode
 from condaccept._ledger import Statistics as Statistics
 from condaccept._listener import Listener as Listener
 from condaccept._listener import listen as listen
@@ -31,6 +34,8 @@ from condaccept._pending import Condition as Condition
 from condaccept._pending import Credentials as Credentials
 from condaccept._pending import PendingTransport as PendingTransport
 from condaccept._pending import Status as Status
+from condaccept._serving import Streams as Streams
+from condaccept._shutdown import Leftovers as Leftovers
 from condaccept._stream import Stream as Stream
 from condaccept._verdict import Accept as Accept
 from condaccept._verdict import AnyVerdict as AnyVerdict
@@ -80,10 +85,13 @@ __all__ = (
     "Credentials",
     "Defer",
     "DescriptorsExhaustedError",
+    "Episode",
     "Event",
     "EventCallback",
     "InvalidGroupError",
     "InvalidVerdictError",
+    "Leftovers",
+    "Limit",
     "Listener",
     "ListenerClosedError",
     "NetworkDownError",
@@ -96,9 +104,11 @@ __all__ = (
     "PendingResetError",
     "PendingTransport",
     "Reject",
+    "Slots",
     "Statistics",
     "Status",
     "Stream",
+    "Streams",
     "Subscription",
     "Verdict",
     "listen",

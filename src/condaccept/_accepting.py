@@ -18,18 +18,19 @@ from condaccept._deciding import (
     TO_OFFER,
     Deciding,
     OnEof,
+    OnFull,
     closed_error,
-    current_task,
 )
 from condaccept._events import Event
 from condaccept._pending import Condition, PendingDeque, PendingTransport, Status
 from condaccept._verdict import Accept, Defer, Reject, Verdict
 from condaccept.exceptions import (
-    AcceptInProgressError,
+    AcceptError,
     AcceptInterruptedError,
     BuffersExhaustedError,
     ConditionNotCallableError,
     ConnectionDeferredError,
+    ConnectionRejectedError,
     DescriptorsExhaustedError,
     InvalidVerdictError,
     NoPendingError,
@@ -38,6 +39,7 @@ from condaccept.exceptions import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from condaccept._capacity import Capacity
     from condaccept._events import EventCallback, Signals, Subscription
     from condaccept._ledger import Ledger
     from condaccept._stream import Stream
@@ -64,6 +66,8 @@ class Accepting(Generic[T]):
         deciding: What they decide with.
     """
 
+    reports = True
+
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
@@ -75,7 +79,9 @@ class Accepting(Generic[T]):
         signals: Signals,
         source: Callable[[], object],
         stream_factory: Callable[[Stream], T] | None,
+        on_full: OnFull | None,
         on_eof: OnEof,
+        capacity: Capacity,
     ) -> None:
         self._loop = loop
         self._gate = gate
@@ -83,6 +89,7 @@ class Accepting(Generic[T]):
         self._signals = signals
         self._source = source
         self._streak = 0
+        self._calls = 0  # that wait or decide
         self._news = False  # somebody came since the last accept call looked
         self._resting: asyncio.TimerHandle | None = None  # no descriptors, a moment ago
         self._waiters: deque[asyncio.Future[bool]] = deque()  # accept calls
@@ -96,11 +103,11 @@ class Accepting(Generic[T]):
             ledger=ledger,
             signals=signals,
             stream_factory=stream_factory,
+            on_full=on_full,
             on_eof=on_eof,
-            became_due=self._became_due,
-            left_place=self._pass_on,
+            capacity=capacity,
         )
-        gate.start(self._arrived)
+        self.deciding.start(self)
 
     # -- the calls
 
@@ -108,6 +115,7 @@ class Accepting(Generic[T]):
         """See `Listener.accept()`."""
         turned = False  # whether this call has yielded to the loop
         pending = None
+        self._calls += 1
         try:
             self._check(condition)
             if self._streak >= IN_A_ROW:
@@ -127,17 +135,23 @@ class Accepting(Generic[T]):
                 verdict = self.deciding.ask(pending, condition, callback_data)
                 if not isinstance(verdict, _VERDICTS) and inspect.isawaitable(verdict):
                     verdict = await self.deciding.answer(pending, verdict)
+                    if not self.deciding.look(pending):
+                        raise await self.deciding.report_after_turn(pending)
                 stream = self.deciding.conclude(pending, verdict)
                 if stream is TO_COME:
                     stream = await self.deciding.completed(pending)
+                elif type(stream) is not tuple:
+                    raise _told(pending, stream)
         except BaseException as error:
+            self._calls -= 1
             self._looked(pending, error)
             if not turned and isinstance(error, Exception) and not _is_bad(condition):
                 await self._turn()
             raise
         self._streak += 1
+        self._calls -= 1
         self._looked(pending)
-        result: T = stream
+        result: T = stream[1]
         return result
 
     def accept_nowait(self, condition: Condition | None, callback_data: object) -> T:
@@ -163,11 +177,13 @@ class Accepting(Generic[T]):
                 if stream is TO_COME:
                     reason = "accepted, but the connection is not complete yet"
                     raise NoPendingError(reason, pending.caller_id)
+                if type(stream) is not tuple:
+                    raise _told(pending, stream)
         except BaseException as error:
             self._looked(pending, error)
             raise
         self._looked(pending)
-        result: T = stream
+        result: T = stream[1]
         return result
 
     async def wait_pending(self) -> None:
@@ -175,13 +191,19 @@ class Accepting(Generic[T]):
         turned = self._streak >= IN_A_ROW
         if turned:
             await self._turn()
-        while not self.deciding.closed and not self._due():
-            turned = True
-            await self._wait(self._watchers)
-        if self.deciding.closed:
+        self._calls += 1
+        try:
+            self.deciding.switch(self)
+            while not self._due():
+                turned = True
+                await self._wait(self._watchers)
+                self.deciding.switch(self)
+        except Exception:
             if not turned:
                 await self._turn()
-            raise closed_error()
+            raise
+        finally:
+            self._calls -= 1
         self._streak += 1
 
     def cancel_accept(self) -> int:
@@ -195,11 +217,10 @@ class Accepting(Generic[T]):
             waiters.clear()
         return cancelled
 
-    def close(self) -> None:
-        """See `Listener.close()`."""
+    def closed(self) -> None:
+        """End the waiting calls: the listener was closed, or takes no more."""
         if self._resting is not None:
             self._resting.cancel()
-        self.deciding.close()
         for waiters in (self._waiters, self._places, self._watchers):
             self._wake(waiters)
 
@@ -214,27 +235,22 @@ class Accepting(Generic[T]):
 
     def _check(self, condition: Condition | None) -> None:
         """Refuse a call that cannot be made, before the deque is touched."""
-        deciding = self.deciding
-        if deciding.closed:
-            raise closed_error()
-        if deciding.asked is not None or (
-            deciding.deciders and current_task() in deciding.deciders.values()
-        ):
-            reason = "a condition cannot accept from the listener that asks it"
-            raise AcceptInProgressError(reason)
+        self.deciding.switch(self)
         if _is_bad(condition):
             reason = f"the condition cannot be called: {condition!r}"
             raise ConditionNotCallableError(reason)
 
     def _head(self) -> PendingTransport | None:
         """Return what this call is to act on, taking it if need be; None: nobody is there."""
-        if self.deciding.closed:
+        if self.deciding.finished():
             raise closed_error()
         self._news = False
         if self._pending:
             pending = self._pending.head()
             if pending is not None:
                 if pending._status in TO_OFFER:
+                    if not self.deciding.room_to_offer():
+                        return None
                     self.deciding.look(pending)
                 return pending
             if self._pending.full:
@@ -257,12 +273,23 @@ class Accepting(Generic[T]):
     def _rested(self) -> None:
         self._resting = None
         if self._due():
-            self._became_due()
+            self.became_due(None)
 
     def _due(self) -> bool:
         """Whether an accept call has something new to act on."""
+        deciding = self.deciding
+        if deciding.consumer is not self or (
+            deciding.capacity.limited and not deciding.room_to_offer()
+        ):
+            return False
         if self._pending.head() is None:
-            return self._resting is None and not self._pending.full and self._gate.waiting()
+            return (
+                self._resting is None
+                and not self._pending.full
+                and not deciding.suspended
+                and not deciding.stopped
+                and self._gate.waiting()
+            )
         # A head that was deferred is nothing new, and those behind it are out of reach: who
         # waits for them is told of their coming, once.
         return self._pending.due() or self._news
@@ -291,20 +318,35 @@ class Accepting(Generic[T]):
             reason = "cancel_accept() ended the wait"
             raise AcceptInterruptedError(reason)
 
-    def _arrived(self) -> None:
+    # -- what it is told as the consumer
+
+    def arrived(self) -> None:
         """Note that somebody came: the gate says so."""
         self._news = True
-        self._became_due()
+        self.became_due(None)
 
-    def _became_due(self) -> None:
+    def became_due(self, pending: PendingTransport | None) -> None:
         """Tell everybody that there is something new to act on."""
+        if pending is not None and pending._status is Status.DEFERRED and not self._due():
+            return  # behind another one, which comes first
         self._wake_one()
         self._wake(self._watchers)
         self._fire_pending()
 
+    def left_place(self) -> None:
+        """Wake others if there is more to act on."""
+        if self.deciding.finished():
+            self.closed()
+        else:
+            self._pass_on()
+
+    def busy(self) -> bool:
+        """Whether a call waits or decides."""
+        return self._calls > 0
+
     def _pass_on(self) -> None:
         """Wake others if there is more to act on."""
-        if self._places and not self._pending.full:
+        if self._places and not self._pending.full and self.deciding.room_to_offer():
             self._wake_one()
         elif (self._waiters or self._watchers) and self._due():
             self._wake_one()
@@ -362,6 +404,15 @@ class Accepting(Generic[T]):
             else:
                 self._fire_pending()
         return subscription
+
+
+def _told(pending: PendingTransport, verdict: Any) -> AcceptError:
+    """Return the error that tells of a verdict which has been carried out."""
+    if isinstance(verdict, Reject):
+        return ConnectionRejectedError(verdict.reason, pending.caller_id)
+    error = ConnectionDeferredError(verdict.reason, pending.caller_id)
+    error.defer = verdict
+    return error
 
 
 def _is_bad(condition: object) -> bool:

@@ -18,7 +18,7 @@ from condaccept._events import Event, EventCallback, Signals, Subscription
 from condaccept._watch import HANGUP, READ, URGENT, WRITE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from condaccept._pending import Address
     from condaccept._sockets import OwnedSocket
@@ -69,6 +69,7 @@ class Channel:
         "_registered",
         "_signals",
         "_sock",
+        "_started",
         "_streak",
         "_unsent",
         "_waiters",
@@ -110,6 +111,7 @@ class Channel:
         self._broken: OSError | None = None
         self._peer_error: OSError | None = None  # SO_ERROR, once taken
         self._ended = False  # CLOSE was told, or would have been
+        self._started: Callable[[], object] | None = None
         self._attachment: Attachment | None = None  # where the connection went
         self._streak = 0
         self._signals: Signals | None = None

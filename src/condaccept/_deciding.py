@@ -1,28 +1,30 @@
-"""What is done to one connection: looking, asking, concluding, losing it.
+"""What is done to one connection: looking, asking, concluding, waking, losing it.
 
 Every kind of consumer decides through this room. It knows who is under decision, and
-nothing of who waits for a connection: it only says that something is due, or that a place
-on the deque was given back.
+nothing of who waits for a connection: it only tells the consumer that something is due,
+or that a place was given back.
 """
 
 from __future__ import annotations
 
 import asyncio
+import heapq
+import logging
+import socket
 import threading
 import time
 import weakref
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, TypeVar, cast
 
 from condaccept._pending import Condition, Peer, PendingDeque, PendingTransport, Status
-from condaccept._sockets import OwnedSocket, inherit_options, reset
+from condaccept._sockets import OwnedSocket, inherit_options, peer, reset
 from condaccept._stream import Stream
 from condaccept._verdict import Accept, AnyVerdict, Defer, Reject, Verdict
 from condaccept.exceptions import (
     AcceptError,
+    AcceptInProgressError,
     CalleeDataError,
-    ConnectionDeferredError,
-    ConnectionRejectedError,
     InvalidGroupError,
     InvalidVerdictError,
     ListenerClosedError,
@@ -31,8 +33,9 @@ from condaccept.exceptions import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
+    from condaccept._capacity import Capacity, Limit
     from condaccept._events import Signals
     from condaccept._ledger import Ledger
     from condaccept._pending import Arrival, Release
@@ -40,11 +43,24 @@ if TYPE_CHECKING:
     from condaccept._watch import Watch
     from condaccept.gates._gate import Gate
 
-__all__ = ("LOSSES", "TO_COME", "TO_OFFER", "Deciding", "OnEof", "closed_error", "current_task")
+__all__ = (
+    "LOSSES",
+    "TO_COME",
+    "TO_OFFER",
+    "Consumer",
+    "Deciding",
+    "OnEof",
+    "OnFull",
+    "closed_error",
+    "current_task",
+)
 
 T = TypeVar("T")
 
+logger = logging.getLogger("condaccept")
+
 OnEof = Literal["keep", "withdraw"]
+OnFull = Literal["wait", "expire_oldest"]
 
 _BARE_ACCEPT, _BARE_REJECT, _BARE_DEFER = Verdict
 _ACCEPT: Final = Accept()
@@ -57,12 +73,37 @@ LOSSES: Final[dict[Status, type[AcceptError]]] = {
 """How a connection can be lost before a verdict, and the error that tells of it."""
 TO_OFFER: Final = frozenset({Status.QUEUED, Status.DEFERRED})
 TO_COME: Final = object()
-"""In the place of a stream: the gate has still to produce it."""
+"""In the place of a stream: it is on the deque, accepted, and has still to come or to be
+given out."""
 _KEPT: Final = frozenset({Status.DEFERRED, Status.ADMITTED, *LOSSES})
 """What a connection that was never on the deque is put there for."""
 _NOTE: Final = " was rejected because of this."
 _IN_HAND: Final = object()
 """The taker of a connection that a call is about to be done with."""
+PER_TURN: Final = 256
+"""Deferred connections looked at before the loop has its turn: about a millisecond."""
+
+
+class Consumer(Protocol):
+    """Whoever has a condition: the accept calls, one `streams()`, or one `serve()`."""
+
+    reports: bool
+    """Whether a loss stays on the deque until a call has reported it."""
+
+    def arrived(self) -> None:
+        """Note that somebody came to the gate."""
+
+    def became_due(self, pending: PendingTransport | None) -> None:
+        """Note that *pending* is due, or that there is a reason to look for oneself."""
+
+    def left_place(self) -> None:
+        """Note that a place on the deque, or for a stream, may be free."""
+
+    def busy(self) -> bool:
+        """Whether another kind of consumer has to wait."""
+
+    def closed(self) -> None:
+        """Note that the listener was closed, or takes no more."""
 
 
 class _Nobody:
@@ -75,6 +116,10 @@ class Deciding(Generic[T]):
     """Decides connections, one at a time, for whoever has a condition.
 
     Attributes:
+        consumer: Whoever has the condition now.
+        capacity: The limits of open and of starting streams.
+        suspended: Whether nothing is taken for the time being.
+        stopped: Whether nothing will be taken any more.
         asked: The connection that a plain condition is being asked about, right now.
         deciders: Those under decision by an async condition, and the tasks that wait.
         options: Socket options set after the listener began.
@@ -91,9 +136,9 @@ class Deciding(Generic[T]):
         ledger: Ledger,
         signals: Signals,
         stream_factory: Callable[[Stream], T] | None,
+        on_full: OnFull | None,
         on_eof: OnEof,
-        became_due: Callable[[], object],
-        left_place: Callable[[], object],
+        capacity: Capacity,
     ) -> None:
         self._loop = loop
         self._watch = watch
@@ -102,9 +147,17 @@ class Deciding(Generic[T]):
         self._ledger = ledger
         self._signals = signals
         self._stream_factory = stream_factory
+        self._on_full = on_full
         self._withdraw = on_eof == "withdraw"
-        self._became_due = became_due
-        self._left_place = left_place
+        self.capacity = capacity
+        self.consumer: Consumer
+        self._first: Consumer
+        self.suspended = False
+        self.stopped = False
+        self._refusing = False  # the kernel refuses newcomers
+        self._cannot_refuse = False
+        self._until_free: list[tuple[int, PendingTransport]] = []  # by place, some of them old
+        self._frees = 0  # how many places were given back
         self._fresh: PendingTransport | None = None  # taken, and in the hands of a call
         self._streams: dict[int, weakref.ref[Stream]] = {}
         self._serial = 0
@@ -117,9 +170,60 @@ class Deciding(Generic[T]):
         self.options: list[Option] = []
         self.closed = False
 
+    def start(self, consumer: Consumer) -> None:
+        """Begin, with *consumer* as the one that there is."""
+        self.consumer = self._first = consumer
+        self._gate.start(self._arrived)
+
+    def switch(self, consumer: Consumer) -> None:
+        """Make *consumer* the one that has the condition.
+
+        Raises:
+            ListenerClosedError: The listener is closed.
+            AcceptInProgressError: The call comes from a condition, or another kind of
+                consumer is at work.
+        """
+        if self.finished():
+            raise closed_error()
+        self.check_reentry()
+        if self.consumer is consumer:
+            return
+        if self.consumer.busy():
+            reason = "another accept(), streams() or serve() is at work on this listener"
+            raise AcceptInProgressError(reason)
+        self.consumer = consumer
+
+    def leave(self, consumer: Consumer) -> None:
+        """Give the condition back from *consumer* to whom it was with at the beginning."""
+        if self.consumer is consumer:
+            self.consumer = self._first
+            if not self.closed:
+                self._first.became_due(None)
+
+    def abandon(self, pending: PendingTransport, task: asyncio.Task[Any]) -> None:
+        """End a decision whose task has ended without having begun, if it is one."""
+        if self.deciders.get(pending) is task:
+            del self.deciders[pending]
+            if pending._status is Status.DECIDING:
+                self.undo(pending)
+            self._wake_idle()
+
+    def check_reentry(self) -> None:
+        """Refuse what comes from a condition of this listener."""
+        if self.asked is not None or (self.deciders and current_task() in self.deciders.values()):
+            reason = "a condition cannot accept from the listener that asks it"
+            raise AcceptInProgressError(reason)
+
+    def finished(self) -> bool:
+        """Whether no connection will ever be decided any more."""
+        return self.closed or (self.stopped and not len(self._pending))
+
+    def _arrived(self) -> None:
+        self.consumer.arrived()
+
     def close(self) -> None:
         """Close whatever is undecided, and the gate."""
-        self.closed = True
+        self.closed = self.stopped = True
         if self._timer is not None:
             self._timer.cancel()
         current = current_task()
@@ -136,25 +240,36 @@ class Deciding(Generic[T]):
             self._pending.report(loss)
         self._gate.close()
         self._watch.release()
-        self._decider_left()
+        self._wake_idle()
 
     async def wait_closed(self) -> None:
         """Wait until no decision is under way after `close()`, but for the caller's own."""
         while not self.closed or any(task is not current_task() for task in self.deciders.values()):
-            waiter = self._loop.create_future()
-            self._idle.append(waiter)
-            try:
-                await waiter
-            finally:
-                if waiter in self._idle:
-                    self._idle.remove(waiter)
+            await self._until_idle()
+
+    async def quiet(self) -> None:
+        """Wait until nobody is undecided and no stream open, once nobody is taken any more."""
+        while len(self._pending) or self._streams:
+            await self._until_idle()
+
+    async def _until_idle(self) -> None:
+        waiter = self._loop.create_future()
+        self._idle.append(waiter)
+        try:
+            await waiter
+        finally:
+            if waiter in self._idle:
+                self._idle.remove(waiter)
 
     def abort_streams(self) -> None:
         """Abort every stream that is open."""
-        for each in list(self._streams.values()):
-            stream = each()
-            if stream is not None:
-                (stream._attachment or stream).abort()
+        for stream in self.streams():
+            (stream._attachment or stream).abort()
+
+    def streams(self) -> list[Stream]:
+        """Return the streams that are open, and those whose transports are."""
+        found = [each() for each in self._streams.values()]
+        return [stream for stream in found if stream is not None]
 
     def undecided(self) -> tuple[PendingTransport, ...]:
         """See `Listener.pending`."""
@@ -171,24 +286,57 @@ class Deciding(Generic[T]):
     # -- looking
 
     def take(self) -> PendingTransport | None:
-        """Take a connection from the gate; ``None`` if nobody waits there.
+        """Take a connection from the gate; ``None`` if nobody waits there, or may be taken.
 
-        What is returned may be a loss, which then is on the deque.
+        What is returned may be a loss; one that is to be reported is on the deque then.
 
         Raises:
             AcceptError: Nothing could be taken; whoever waits at the gate goes on waiting.
         """
+        if self.suspended or self.stopped:
+            return None
+        if self.capacity.limited and not self._has_room():
+            return None
+        return self._take()
+
+    def _has_room(self) -> bool:
+        """Whether one stream more may be accepted; if not, newcomers get what the limit says."""
+        if self.room_to_offer():
+            return True
+        overflow = self.capacity.overflow()
+        if overflow is not None and overflow[0] == "reject":
+            for _ in range(PER_TURN):
+                pending = self._take()
+                if pending is None:
+                    return False
+                if pending._status in TO_OFFER:
+                    self.refuse(pending, overflow[1])
+            self._loop.call_soon(self._arrived)
+        elif overflow is not None and overflow[0] == "refuse" and not self._refusing:
+            self._overflow(overflow[1])
+        return False
+
+    def _overflow(self, reason: str) -> None:
+        try:
+            self.refuse_new()
+        except (OSError, ValueError) as error:
+            # It was possible when the limit was set. What cannot be refused is queued.
+            if not self._cannot_refuse:
+                self._cannot_refuse = True
+                logger.warning("%s, and the kernel cannot refuse: %s", reason, error)
+
+    def _take(self) -> PendingTransport | None:
         try:
             taken = self._gate.take(1)
         except PendingResetError as error:
             # Told of by accept(2), which gave no connection: a loss like any other.
             self._ledger.taken += 1
-            pending = PendingTransport(cast("Arrival", _Nobody()), time.monotonic)
+            pending = PendingTransport(cast("Arrival", _Nobody()), time.monotonic, self)
             self._book(pending, Status.RESET, error.reason)
             return pending
         if not taken:
             return None
-        pending = PendingTransport(taken[0], time.monotonic)
+        pending = PendingTransport(taken[0], time.monotonic, self)
         self._ledger.taken += 1
         self._fresh = pending
         if pending._arrival.hangup:
@@ -216,6 +364,9 @@ class Deciding(Generic[T]):
         """Make one offer, as far as a plain condition goes."""
         if pending._kept:
             self._pending.move(pending, Status.DECIDING, 0.0)
+            pending._due = pending._again = False
+            pending._frees = None
+            self._drop_hints(pending)
         self._ledger.offers += 1
         pending.callback_data = callback_data
         pending.group = pending._callee_data = None
@@ -234,13 +385,16 @@ class Deciding(Generic[T]):
     async def answer(
         self, pending: PendingTransport, awaitable: Awaitable[AnyVerdict]
     ) -> AnyVerdict:
-        """Wait for the verdict of an async condition."""
-        if not pending._kept:
-            self._pending.enter(pending, Status.DECIDING, 0.0)
-        self._left_place()
+        """Wait for the verdict of an async condition; the caller has to look after it.
+
+        Raises:
+            ListenerClosedError: The listener was closed meanwhile.
+            BaseException: What the condition raised: the connection is rejected. Or
+                CancelledError, for this call: the connection is in its place again.
+        """
         task = current_task()
         cancelling = 0 if task is None else task.cancelling()
-        self.deciders[pending] = task
+        self.under_decision(pending, task)
         try:
             verdict = await awaitable
         except BaseException as error:
@@ -260,61 +414,113 @@ class Deciding(Generic[T]):
             raise
         finally:
             self.deciders.pop(pending, None)
-            self._decider_left()
+            self._wake_idle()
         if pending._status is Status.CLOSED:
             # The condition has swallowed the cancellation by close().
             if task is not None:
                 task.uncancel()
             raise closed_error(pending)
-        if not self.look(pending):
-            # This call tells of the loss, unless it is cancelled before it has yielded.
-            pending._taker = _IN_HAND
-            try:
-                await asyncio.sleep(0)
-            except BaseException:
-                pending._taker = None
-                self._became_due()
-                raise
-            raise self._report(pending)
         return verdict
 
-    def conclude(self, pending: PendingTransport, verdict: object) -> object:
-        """Do as the verdict says: return the stream, or TO_COME, or raise."""
+    def under_decision(self, pending: PendingTransport, task: asyncio.Task[Any] | None) -> None:
+        """Note that *task* waits for the verdict about *pending*."""
+        if pending not in self.deciders:
+            if not pending._kept:
+                self._enter(pending, Status.DECIDING)
+            pending._frees = self._frees
+        self.deciders[pending] = task
+        self.consumer.left_place()
+
+    async def report_after_turn(self, loss: PendingTransport) -> AcceptError:
+        """Return the error that tells of a loss, after a turn of the loop.
+
+        A call that is cancelled in it has told nobody; then the loss stays.
+        """
+        loss._taker = _IN_HAND
+        try:
+            await asyncio.sleep(0)
+        except BaseException:
+            loss._taker = None
+            self.consumer.became_due(loss)
+            raise
+        return self._report(loss)
+
+    def conclude(
+        self, pending: PendingTransport, verdict: object, *, deliver: bool = True
+    ) -> object:
+        """Do as the verdict says.
+
+        Returns:
+            The `Reject` or `Defer` that was carried out; or a pair of the stream and of
+            what ``stream_factory`` made of it; or TO_COME, always if not *deliver*.
+
+        Raises:
+            AcceptError: The verdict cannot be carried out; the connection keeps its place.
+            ListenerClosedError: The condition deferred, and has closed the listener.
+            Exception: No stream could be made; the connection has failed.
+        """
         if verdict is _BARE_ACCEPT:
-            return self._accept(pending, _ACCEPT)
+            return self._accept(pending, _ACCEPT, deliver=deliver)
         if verdict is _BARE_REJECT:
-            raise self._reject(pending, _REJECT)
+            return self._reject(pending, _REJECT)
         if verdict is _BARE_DEFER:
-            raise self._defer(pending, _DEFER)
+            return self._defer(pending, _DEFER)
         if isinstance(verdict, Accept):
-            return self._accept(pending, verdict)
+            return self._accept(pending, verdict, deliver=deliver)
         if isinstance(verdict, Reject):
-            raise self._reject(pending, verdict)
+            return self._reject(pending, verdict)
         if isinstance(verdict, Defer):
-            raise self._defer(pending, verdict)
+            return self._defer(pending, verdict)
         self.undo(pending)
         reason = f"a condition returns ACCEPT, REJECT or DEFER, this one returned {verdict!r}"
         raise InvalidVerdictError(reason, pending.caller_id)
 
-    def _accept(self, pending: PendingTransport, accept: Accept) -> object:
+    def refuse(self, pending: PendingTransport, reason: str) -> None:
+        """Reject a connection for a reason of the listener's own."""
+        self._to(pending, Status.REJECTED)
+        self._gate.refuse(pending._arrival, b"")
+        self._ledger.settle(pending, Status.REJECTED, reason)
+
+    def _accept(self, pending: PendingTransport, accept: Accept, *, deliver: bool) -> object:
         if pending.group is not None:
             self.undo(pending)
             reason = f"the listener has no group {pending.group!r}"
             raise InvalidGroupError(reason, pending.caller_id)
         admission = self._gate.admit(pending._arrival)
         pending._offered = False
+        if self.capacity.limited:
+            self._take_slots(pending)
+        pending._reason = accept.reason
         if isinstance(admission, OwnedSocket):
-            return self._deliver(pending, admission, accept.reason)
+            if deliver or self.closed:
+                return self._deliver(pending, admission)
+            pending._socket = admission
+            self._to(pending, Status.ADMITTED)
+            self._to(pending, Status.READY)
+            self.consumer.became_due(pending)
+            return TO_COME
         pending._socket = admission
         self._to(pending, Status.ADMITTED)
         if self.closed:
             self._drop(pending)
             raise closed_error(pending)
         admission.add_done_callback(partial(self._came, pending))
-        self._left_place()
+        self.consumer.left_place()
         return TO_COME
 
-    def _reject(self, pending: PendingTransport, reject: Reject) -> AcceptError:
+    def _take_slots(self, pending: PendingTransport) -> None:
+        """Count an accepted connection, until what is held for it is released."""
+        holds = pending._holds = pending._holds or []
+        holds.append(self.capacity.streams.take())
+        starting = self.capacity.starting.take()
+        holds.append(starting)
+        pending._started = partial(self._started, starting)
+
+    def _started(self, give_back: Callable[[], bool]) -> None:
+        if give_back():
+            self._freed()
+
+    def _reject(self, pending: PendingTransport, reject: Reject) -> Reject:
         data = reject.data
         if data is None:
             data = b"" if pending._callee_data is None else bytes(pending._callee_data)
@@ -322,28 +528,148 @@ class Deciding(Generic[T]):
             self.undo(pending)
             capacity = pending.callee_data.capacity
             reason = f"callee data of {len(data)} bytes is over the capacity of {capacity}"
-            return CalleeDataError(reason, pending.caller_id)
+            raise CalleeDataError(reason, pending.caller_id)
         self._to(pending, Status.REJECTED)
         self._gate.refuse(pending._arrival, data)
         self._ledger.settle(pending, Status.REJECTED, reject.reason)
-        return ConnectionRejectedError(reject.reason, pending.caller_id)
+        return reject
 
-    def _defer(self, pending: PendingTransport, defer: Defer) -> AcceptError:
+    def _defer(self, pending: PendingTransport, defer: Defer) -> Defer:
         if self.closed:
             self._drop(pending)
-            return closed_error(pending)
+            raise closed_error(pending)
+        try:
+            self._gate.watch(
+                pending._arrival, defer.until_bytes or 0, partial(self._changed, pending)
+            )
+        except ValueError as error:
+            self.undo(pending)
+            raise InvalidVerdictError(str(error), pending.caller_id) from error
         pending.deferrals += 1
         self._ledger.deferrals += 1
+        pending._hints = defer
+        pending.timed_out = False
+        wait = defer.after if defer.after is not None else defer.within
+        if defer.after is not None and defer.within is not None:
+            wait = min(defer.after, defer.within)
+        pending._wake_at = None if wait is None else self._loop.time() + wait
         self._to(pending, Status.DEFERRED)
-        self._gate.watch(pending._arrival, partial(self._changed, pending))
         self._set_timer()
+        again = pending._again
+        if defer.until_free:
+            if pending._frees not in (None, self._frees):
+                again = True  # given back while the condition was still thinking
+            self._wait_for_place(pending)
         # Last: a release may do anything, close the listener for one.
         self._ledger.end_offer(pending)
         if self.closed:
-            return closed_error(pending)
-        error = ConnectionDeferredError(defer.reason, pending.caller_id)
-        error.defer = defer
-        return error
+            raise closed_error(pending)
+        if again:
+            self.wake(pending)
+        return defer
+
+    # -- waking
+
+    def wake(self, pending: PendingTransport) -> bool:
+        """Make a deferred connection due; return whether it will be offered again."""
+        if pending._status is Status.DEFERRED:
+            if not pending._due:
+                pending._due = True
+                self._drop_hints(pending)
+                self.consumer.became_due(pending)
+            return True
+        if pending._status is Status.DECIDING or pending is self.asked:
+            pending._again = True
+            return True
+        return pending._status is Status.QUEUED
+
+    def _drop_hints(self, pending: PendingTransport) -> None:
+        """Wait for nothing any more, but for the deadline and for the caller to leave."""
+        hints, pending._hints = pending._hints, None
+        pending._wake_at = None
+        if hints is not None and hints.until_bytes is not None:
+            # Above its mark a socket tells of every further segment.
+            self._gate.watch(pending._arrival, 0, partial(self._changed, pending))
+
+    def wake_all(self, predicate: Callable[[PendingTransport], object] | None) -> None:
+        """See `Listener.reconsider()`."""
+        self._wake_some(iter([p for p in self._pending if p._status is Status.DEFERRED]), predicate)
+
+    def _wake_some(
+        self,
+        deferred: Iterator[PendingTransport],
+        predicate: Callable[[PendingTransport], object] | None,
+    ) -> None:
+        for _, pending in zip(range(PER_TURN), deferred, strict=False):
+            # Decided meanwhile, or under decision: that one has seen what changed, or will.
+            if pending._status is Status.DEFERRED and (predicate is None or predicate(pending)):
+                self.wake(pending)
+        if not self.closed and deferred.__length_hint__():  # type: ignore[attr-defined]
+            self._loop.call_soon(self._wake_some, deferred, predicate)
+
+    def _freed(self) -> None:
+        """Note that a place was given back: whoever waits for one has it, the oldest first."""
+        self._frees += 1
+        self._wake_idle()
+        if self.closed:
+            return
+        self._wake_next_free()
+        self.consumer.left_place()
+        if self._refusing and not self.suspended and self.capacity.may_listen():
+            self.listen_again()
+
+    def _wait_for_place(self, pending: PendingTransport) -> None:
+        if pending._in_line:
+            return
+        if len(self._until_free) > 2 * self._pending.deferred + 64:
+            # Those that have found their end, and nobody has come to.
+            self._until_free = [each for each in self._until_free if each[1]._kept]
+            heapq.heapify(self._until_free)
+        pending._in_line = True
+        heapq.heappush(self._until_free, (pending._place, pending))
+
+    def _wake_next_free(self) -> None:
+        while self._until_free and not self.closed:
+            pending = heapq.heappop(self._until_free)[1]
+            pending._in_line = False
+            hints = pending._hints
+            if pending._status is Status.DEFERRED and hints is not None and hints.until_free:
+                pending._by_free = True
+                self.wake(pending)
+                return
+
+    # -- deciding by handle
+
+    def decide(self, pending: PendingTransport, verdict: AnyVerdict) -> None:
+        """See `PendingTransport.decide()`."""
+        self._begin(pending)
+        self.conclude(pending, verdict, deliver=False)
+
+    async def hand_out(self, pending: PendingTransport) -> object:
+        """See `PendingTransport.take()`."""
+        await asyncio.sleep(0)
+        self._begin(pending)
+        made = self.conclude(pending, _BARE_ACCEPT)
+        if made is TO_COME:
+            made = await self.completed(pending)
+        return cast("tuple[Stream, object]", made)[1]
+
+    def _begin(self, pending: PendingTransport) -> None:
+        """Put a connection under a decision that is made elsewhere."""
+        status = pending._status
+        if status is Status.DECIDING or pending is self.asked:
+            reason = "a condition is being asked about this connection"
+            raise AcceptInProgressError(reason, pending.caller_id)
+        if status in LOSSES:
+            raise LOSSES[status](pending._reason, pending.caller_id)
+        if status not in TO_OFFER or not pending._kept:
+            message = f"the connection from {pending.caller_id!r} is {status.value} already"
+            raise RuntimeError(message)
+        if not self.look(pending):
+            raise self._report(pending)
+        pending._due = pending._again = False
+        self._drop_hints(pending)
+        self._pending.move(pending, Status.DECIDING, 0.0)
 
     def undo(self, pending: PendingTransport) -> None:
         """End an offer without a verdict: the connection keeps its place."""
@@ -354,12 +680,12 @@ class Deciding(Generic[T]):
             self._pending.resume(pending, self._loop.time())
             self._set_timer()
         else:
-            self._pending.enter(pending, Status.QUEUED, 0.0)
+            self._enter(pending, Status.QUEUED)
         self._ledger.end_offer(pending)
         if not self.closed:
             # Its peer may have left meanwhile, and the watch tells that once.
             self._changed(pending)
-            self._became_due()
+            self.consumer.became_due(pending)
 
     def _raised(self, pending: PendingTransport, error: BaseException) -> None:
         """Reject a connection whose condition raised."""
@@ -373,8 +699,8 @@ class Deciding(Generic[T]):
 
     # -- accepted
 
-    def _deliver(self, pending: PendingTransport, sock: OwnedSocket, reason: str) -> object:
-        """Make the stream of an accepted connection."""
+    def _deliver(self, pending: PendingTransport, sock: OwnedSocket) -> tuple[Stream, object]:
+        """Make the stream of an accepted connection; also return what becomes of it."""
         pending._taker = _IN_HAND
         self._serial += 1
         sock.own(partial(self._over, self._serial, pending._release_holds()), self._forgotten)
@@ -390,6 +716,7 @@ class Deciding(Generic[T]):
             sock.close()
             raise
         stream.state = pending.state
+        stream._started = pending._started
         self._streams[self._serial] = weakref.ref(stream)
         if pending._callee_data:
             try:
@@ -406,8 +733,8 @@ class Deciding(Generic[T]):
                 stream.abort()
                 raise
         self._to(pending, Status.ACCEPTED)
-        self._ledger.settle(pending, Status.ACCEPTED, reason)
-        return result
+        self._ledger.settle(pending, Status.ACCEPTED, pending._reason)
+        return stream, result
 
     def _fail(self, pending: PendingTransport, reason: str) -> None:
         self._to(pending, Status.FAILED)
@@ -434,13 +761,24 @@ class Deciding(Generic[T]):
         self._streams.pop(serial, None)
         if holds:
             self._ledger.release(holds)
+        self._freed()
 
     def unasked(self, pending: PendingTransport) -> object:
         """Act on what needs no condition: a loss to report, a connection that is ready."""
         if pending._status in LOSSES:
             raise self._report(pending)
         sock, pending._socket = pending._socket, None
-        return self._deliver(pending, sock, _ACCEPT.reason)
+        return self._deliver(pending, sock)
+
+    def still_there(self, ready: PendingTransport) -> bool:
+        """Whether the caller of an accepted connection that nobody has taken yet is there."""
+        sock = ready._socket
+        if peer(sock, tcp=sock.proto == socket.IPPROTO_TCP) is not Peer.GONE:
+            return True
+        ready._socket = None
+        reset(sock)
+        self._book(ready, Status.RESET, "the peer reset the connection before it was taken")
+        return False
 
     async def completed(self, pending: PendingTransport) -> object:
         """Wait until the gate has produced the socket of an accepted connection."""
@@ -450,7 +788,7 @@ class Deciding(Generic[T]):
         finally:
             pending._taker = None
             if taker.cancelled() and pending._status is not Status.ADMITTED:
-                self._became_due()
+                self.consumer.became_due(pending)
         if self.closed:
             raise closed_error(pending)
         return self.unasked(pending)
@@ -469,7 +807,7 @@ class Deciding(Generic[T]):
             pending._socket = admission.result()
             self._to(pending, Status.READY)
         if pending._taker is None:
-            self._became_due()
+            self.consumer.became_due(pending)
         elif not pending._taker.done():
             pending._taker.set_result(None)
 
@@ -482,6 +820,10 @@ class Deciding(Generic[T]):
 
     def _book(self, pending: PendingTransport, loss: Status, reason: str) -> None:
         self._to(pending, loss)
+        if not self.consumer.reports:
+            self._pending.report(pending)
+            self._wake_idle()
+            self.consumer.left_place()
         pending._reason = reason
         self._ledger.settle(pending, loss, reason)
 
@@ -507,28 +849,136 @@ class Deciding(Generic[T]):
         self._ledger.settle(pending, Status.CLOSED, "the listener was closed")
 
     def _changed(self, pending: PendingTransport) -> None:
-        """Look at a deferred connection whose peer may have left: the watch says so."""
-        if pending._status is Status.DEFERRED and not self.look(pending):
-            self._became_due()
+        """Look at a deferred connection: its peer left, or enough bytes came, or neither."""
+        if pending._status is not Status.DEFERRED:
+            return
+        if not self.look(pending):
+            self.consumer.became_due(pending)
+        elif (
+            pending._hints is not None
+            and (n := pending._hints.until_bytes) is not None
+            # A Unix socket tells of any number of bytes.
+            and (len(pending.peek(n)) == n or pending.peer_closed)
+        ):
+            self.wake(pending)
 
     def _set_timer(self) -> None:
-        deadline = self._pending.next_deadline
+        alarm = self._pending.next_alarm
         if self._timer is not None:
-            if deadline is None or self._timer_at <= deadline:
+            if alarm is None or self._timer_at <= alarm:
                 return
             self._timer.cancel()
-        if deadline is not None:
+        if alarm is not None:
             # Kept beside it: for a time that has come, uvloop gives a handle without when().
-            self._timer_at = deadline
-            self._timer = self._loop.call_at(deadline, self._expire)
+            self._timer_at = alarm
+            self._timer = self._loop.call_at(alarm, self._on_alarm)
 
-    def _expire(self) -> None:
+    def _on_alarm(self) -> None:
         self._timer = None
-        for pending in self._pending.expired(self._loop.time()):
-            reason = f"no verdict within {self._pending.defer_timeout} s of the first deferral"
+        expired, woken = self._pending.alarms(self._loop.time(), PER_TURN)
+        for pending in expired:
+            self.expire(
+                pending, f"no verdict within {self._pending.defer_timeout} s of the first deferral"
+            )
+        for pending in woken:
+            if pending._status is Status.DEFERRED:
+                hints = pending._hints
+                pending.timed_out = hints is not None and hints.until_bytes is not None
+                self.wake(pending)
+        if not self.closed:
+            self._set_timer()
+
+    def expire(self, pending: PendingTransport, reason: str) -> None:
+        """End a deferred connection, if it is one still."""
+        if pending._status is Status.DEFERRED:
             self._lose(pending, Status.EXPIRED, reason)
-            self._became_due()
-        self._set_timer()
+            self.consumer.became_due(pending)
+
+    # -- taking no more
+
+    @property
+    def expires_oldest(self) -> bool:
+        """Whether room is made for a newcomer when `max_pending` is reached."""
+        if self._on_full is None:
+            return not self.consumer.reports
+        return self._on_full == "expire_oldest"
+
+    def room_to_offer(self) -> bool:
+        """Whether one more connection may be accepted, those under decision counted in."""
+        room = self.capacity.room()
+        return room is None or room > self._pending.deciding
+
+    def take_in(self) -> None:
+        """Put everybody whom the kernel has queued on the deque, as far as there are places."""
+        while not self._pending.crowded:
+            pending = self._take()
+            if pending is None:
+                return
+            if pending._status in TO_OFFER:
+                self._enter(pending, Status.QUEUED)
+                self.consumer.became_due(pending)
+
+    def refuse_new(self) -> None:
+        """Have the kernel refuse newcomers; those it has queued are taken in before.
+
+        Raises:
+            OSError, ValueError: It cannot be done with these sockets; nothing has changed.
+        """
+        # No await between the two: whoever comes in between is reset.
+        self.take_in()
+        self._gate.refuse_new()
+        self._refusing = True
+
+    def set_limit(self, name: str, limit: Limit | None) -> None:
+        """Change a limit; whoever waited for it goes on.
+
+        Raises:
+            OSError, ValueError: It refuses at the kernel, which these sockets cannot;
+                nothing has changed.
+        """
+        if limit is not None and limit.overflow == "refuse":
+            self._gate.check_refusable()
+        self.capacity.set(name, limit)
+        if self._refusing and not self.suspended and self.capacity.may_listen():
+            self.listen_again()
+        self.consumer.left_place()
+
+    def resume(self) -> None:
+        """Take again, after `suspended` was set."""
+        if self._refusing and self.capacity.may_listen():
+            self._gate.listen_again()
+            self._refusing = False
+        self.suspended = False
+        self.consumer.arrived()
+
+    def listen_again(self) -> None:
+        """Have the kernel listen again."""
+        try:
+            self._gate.listen_again()
+        except OSError as error:
+            logger.error("the kernel does not listen again: %s", error)  # noqa: TRY400
+            return
+        self._refusing = False
+        self.consumer.arrived()
+
+    @property
+    def refusing(self) -> bool:
+        """Whether the kernel refuses newcomers."""
+        return self._refusing
+
+    def stop(self) -> int:
+        """Take in who is queued, and then nobody any more; return how many could not be."""
+        if self.stopped:
+            return 0
+        if not self._refusing:
+            try:
+                self.take_in()
+            except AcceptError as error:
+                logger.warning("the shutdown cannot take those who wait: %s", error.reason)
+        backlog = self._gate.backlog()
+        self.stopped = True
+        self._gate.stop()
+        return 0 if backlog is None else backlog[0]
 
     # -- moving
 
@@ -536,18 +986,42 @@ class Deciding(Generic[T]):
         """Make a transition, on the deque where it belongs there."""
         if pending._kept:
             self._pending.move(pending, status, self._loop.time())
-            self._left_place()
+            if pending._by_free:
+                self._use_place(pending, status)
+            self._wake_idle()
+            self.consumer.left_place()
         elif status in _KEPT:
-            self._pending.enter(pending, status, self._loop.time())
+            self._enter(pending, status)
         else:
             pending._move(status)
+
+    def _enter(self, pending: PendingTransport, status: Status) -> None:
+        """Put a connection on the deque, where that may need a place."""
+        if self._pending.crowded and self.expires_oldest and status not in LOSSES:
+            oldest = self._pending.oldest_deferred()
+            if oldest is not None:
+                reason = (
+                    f"expired for a newcomer: max_pending={self._pending.max_pending} is reached"
+                )
+                self.expire(oldest, reason)
+        self._pending.enter(pending, status, self._loop.time())
+
+    def _use_place(self, pending: PendingTransport, status: Status) -> None:
+        """Pass a place on that a connection was woken for and does not use."""
+        if status is Status.DECIDING:
+            return
+        pending._by_free = False
+        hints = pending._hints
+        waits_on = status is Status.DEFERRED and hints is not None and hints.until_free
+        if status is not Status.ADMITTED and status is not Status.ACCEPTED and not waits_on:
+            self._wake_next_free()
 
     def done_with_fresh(self) -> None:
         """Note that the call which took a connection has nothing in its hands any more."""
         self._fresh = None
 
-    def _decider_left(self) -> None:
-        if self.closed:
+    def _wake_idle(self) -> None:
+        if self.stopped:
             idle, self._idle = self._idle, []
             for waiter in idle:
                 if not waiter.done() and not self._loop.is_closed():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from condaccept._pending import PendingTransport, Release
 
 __all__ = ("Ledger", "Statistics")
+
+logger = logging.getLogger("condaccept")
 
 
 @attrs.frozen(kw_only=True)
@@ -36,12 +39,20 @@ class Statistics:
         closed: Undecided when the listener closed.
         pending: Without an outcome now.
         deciding: Of these, on the deque and under decision now.
+        deferred: Of these, deferred by a condition.
+        ready: Of these, accepted, and not taken by anybody yet.
         oldest_age: Seconds since the oldest pending one was taken; ``None`` without any.
         rejecting: Rejected ones that are still being sent callee data.
         cut_short: Rejected ones that were not given the time to read callee data.
         streams: Accepted ones that are still open.
+        starting: Of these, those that have not said `Stream.started()`; counted while there
+            is a limit, else 0.
+        handlers: Handlers of `serve()` that are running.
         backlog: Connections in the kernel's accept queue; ``None`` where it does not tell.
         backlog_limit: How many it queues; ``None`` where it does not tell.
+        suspended: Whether nothing is taken for the time being.
+        refusing: Whether the kernel refuses newcomers.
+        exhausted: Whether `streams()` or `serve()` has no descriptors to accept with.
     """
 
     taken: int
@@ -55,12 +66,19 @@ class Statistics:
     closed: int
     pending: int
     deciding: int
+    deferred: int
+    ready: int
     oldest_age: float | None
     rejecting: int
     cut_short: int
     streams: int
+    starting: int
+    handlers: int
     backlog: int | None
     backlog_limit: int | None
+    suspended: bool
+    refusing: bool
+    exhausted: bool
 
 
 class Ledger:
@@ -109,6 +127,20 @@ class Ledger:
         if pending._holds is not None:
             self.release(pending._release_holds())
         pending._offered = False
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug(
+                "%s %r: %s",
+                status.value,
+                pending.caller_id,
+                reason,
+                extra={
+                    "status": status.value,
+                    "caller_id": pending.caller_id,
+                    "reason": reason,
+                    "age": pending.age,
+                    "deferrals": pending.deferrals,
+                },
+            )
         if self._callbacks or pending._settled is not None:
             settled, pending._settled = pending._settled, None
             outcome = Outcome(status, pending.caller_id, reason, pending.age, pending.deferrals)

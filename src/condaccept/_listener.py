@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import warnings
@@ -10,14 +11,23 @@ import weakref
 from asyncio.trsock import TransportSocket
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, overload
 
 from condaccept._accepting import Accepting
+from condaccept._capacity import Capacity, Limit, as_limit
 from condaccept._events import Event, EventCallback, Outcome, Signals, Subscription
 from condaccept._ledger import Ledger, Statistics
 from condaccept._open import Host, UnixPath, absolute, open_tcp, open_unix, unlink
 from condaccept._pending import Condition, PendingDeque, PendingTransport, Status
-from condaccept._sockets import Option, apply_options, check_listening, check_options
+from condaccept._serving import Policy, Serve, Streams
+from condaccept._shutdown import Leftovers, shutdown
+from condaccept._sockets import (
+    Option,
+    apply_options,
+    check_listening,
+    check_options,
+    descriptor_limit,
+)
 from condaccept._watch import Watch, open_watch
 from condaccept.exceptions import ListenerClosedError
 from condaccept.gates import Gate, HandshakeGate
@@ -26,8 +36,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-    from condaccept._deciding import OnEof
+    from condaccept._deciding import OnEof, OnFull
+    from condaccept._exhaustion import Episode, OnExhausted
     from condaccept._pending import Address
+    from condaccept._serving import Handler
     from condaccept._stream import Stream
 
 __all__ = ("Listener", "listen")
@@ -36,7 +48,10 @@ T = TypeVar("T")
 
 INT_MAX: Final = 2**31 - 1
 
-OnFull = Literal["wait", "expire_oldest"]
+REJECTING: Final = 64
+"""Descriptors that rejections in the background may hold; see `Farewells`."""
+
+logger = logging.getLogger("condaccept")
 
 
 class Listener(Generic[T]):
@@ -57,6 +72,9 @@ class Listener(Generic[T]):
         max_deciding: int = 128,
         defer_timeout: float | None = 30.0,
         on_eof: OnEof = "keep",
+        max_streams: int | Limit | None = None,
+        max_starting: int | Limit | None = None,
+        exhausted: OnExhausted = "pause",
         watch: Callable[[asyncio.AbstractEventLoop], Watch] = open_watch,
     ) -> None:
         """Use `listen()` or `from_socket()`; this is for a gate of your own.
@@ -69,9 +87,15 @@ class Listener(Generic[T]):
             max_deciding: -
             defer_timeout: -
             on_eof: -
+            max_streams: -
+            max_starting: -
+            exhausted: -
             watch: Makes the watch, given the loop.
         """
-        _check_limits(max_pending, max_deciding, defer_timeout, on_full, on_eof)
+        _check_limits(max_pending, max_deciding, defer_timeout, on_full, on_eof, exhausted)
+        capacity = Capacity(
+            as_limit("max_streams", max_streams), as_limit("max_starting", max_starting)
+        )
         if stream_factory is not None and not callable(stream_factory):
             message = f"stream_factory cannot be called: {stream_factory!r}"
             raise TypeError(message)
@@ -87,6 +111,7 @@ class Listener(Generic[T]):
         self._pending = PendingDeque(max_pending, max_deciding, defer_timeout)
         self._ledger = Ledger(partial(_call_soon, loop), partial(_report, loop))
         self._file: tuple[str | bytes, tuple[int, int]] | None = None
+        self._serving: Serve[T] | None = None
         self._accepting: Accepting[T] = Accepting(
             loop,
             self._watch,
@@ -96,9 +121,13 @@ class Listener(Generic[T]):
             signals=Signals(),
             source=weakref.ref(self),
             stream_factory=stream_factory,
+            on_full=on_full,
             on_eof=on_eof,
+            capacity=capacity,
         )
         self._deciding = self._accepting.deciding
+        self._policy = Policy(exhausted)
+        self._warn_of_descriptors()
 
     @classmethod
     def from_socket(
@@ -113,6 +142,9 @@ class Listener(Generic[T]):
         defer_timeout: float | None = 30.0,
         reject_timeout: float | None = 5.0,
         on_eof: OnEof = "keep",
+        max_streams: int | Limit | None = None,
+        max_starting: int | Limit | None = None,
+        exhausted: OnExhausted = "pause",
     ) -> Listener[T]:
         """Return a listener on a socket that listens already, and own that socket.
 
@@ -134,7 +166,9 @@ class Listener(Generic[T]):
         check_listening(sock)
         checked = check_options(options)
         _check_timeout("reject_timeout", reject_timeout)
-        _check_limits(max_pending, max_deciding, defer_timeout, on_full, on_eof)
+        _check_limits(max_pending, max_deciding, defer_timeout, on_full, on_eof, exhausted)
+        as_limit("max_streams", max_streams)
+        as_limit("max_starting", max_starting)
         apply_options(sock, checked)
         listener = cls(
             lambda loop, watch: HandshakeGate(loop, watch, [sock], reject_timeout=reject_timeout),
@@ -144,6 +178,9 @@ class Listener(Generic[T]):
             max_deciding=max_deciding,
             defer_timeout=defer_timeout,
             on_eof=on_eof,
+            max_streams=max_streams,
+            max_starting=max_starting,
+            exhausted=exhausted,
         )
         # Those the kernel has queued already have the options of before.
         listener._deciding.options.extend(checked)
@@ -236,6 +273,126 @@ class Listener(Generic[T]):
         """
         return self._accepting.cancel_accept()
 
+    # -- serving
+
+    def streams(
+        self, condition: Condition | None = None, callback_data: object = None
+    ) -> Streams[T]:
+        """Return an asynchronous iterator over accepted connections; deferral blocks nobody.
+
+        ``async for stream in listener.streams(condition)``. Whoever is deferred waits for
+        the hints of its `Defer` while those behind it are decided. A plain condition is
+        asked in the loop's callback; async ones run side by side, up to ``max_deciding``.
+        What happens to a caller who does not get in never raises here: it is counted,
+        logged at DEBUG, and told to `on_outcome()`. A condition that raises, or says
+        something that is no verdict, is logged at ERROR; that connection is rejected.
+
+        Nothing is taken while no iteration waits. Several tasks may iterate over one such
+        object. The iteration ends when the listener is closed.
+
+        Args:
+            condition: As for `accept()`.
+            callback_data: Becomes ``pending.callback_data``.
+
+        Raises:
+            ConditionNotCallableError: *condition* cannot be called.
+
+            The iteration raises `AcceptInProgressError` while `accept()` calls wait, or
+            another `streams()` or `serve()` is at work.
+        """
+        return Streams(
+            self._deciding,
+            self._policy,
+            condition,
+            callback_data,
+        )
+
+    async def serve(
+        self,
+        handler: Handler[T],
+        condition: Condition | None = None,
+        callback_data: object = None,
+    ) -> None:
+        """Run *handler* for each accepted connection, as a task; deferral blocks nobody.
+
+        The condition is asked as by `streams()`. A handler's stream is closed when it
+        returns, and aborted when it raises, which is logged at ERROR, or is cancelled.
+        Returns when the listener is closed, or was shut down, and the handlers are done.
+
+        Args:
+            handler: Called as ``handler(stream)``, with what ``stream_factory`` made of
+                the stream if there is one; ``async``.
+            condition: As for `accept()`.
+            callback_data: Becomes ``pending.callback_data``.
+
+        Raises:
+            ListenerClosedError: The listener was closed before.
+            AcceptInProgressError: Another kind of consumer is at work, or the call comes
+                from a condition of this listener.
+            ConditionNotCallableError: *condition* cannot be called.
+            NotListeningError, NotASocketError: Somebody else has shut or closed the
+                listening socket; the handlers have ended.
+
+        Cancellation:
+            Nothing is taken any more, the handlers and the decisions under way are
+            cancelled and waited for; undecided connections stay.
+        """
+        serve = Serve(
+            handler,
+            self._deciding,
+            self._policy,
+            condition,
+            callback_data,
+        )
+        self._serving = serve
+        try:
+            await serve.run()
+        finally:
+            if self._serving is serve:
+                self._serving = None
+
+    def reconsider(self, predicate: Callable[[PendingTransport], object] | None = None) -> None:
+        """Have deferred connections offered again, those for which *predicate* is true.
+
+        In the order they came; a few hundred in a turn of the loop, so *predicate* may be
+        asked later. May be called from a condition. What *predicate* raises ends it.
+        """
+        self._deciding.wake_all(predicate)
+
+    def on_exhausted(self, callback: Callable[[Episode], object]) -> None:
+        """Have ``callback(episode)`` called when `streams()` or `serve()` runs out of descriptors.
+
+        Once for each such time, soon after it began. The callback may close what can be
+        spared: as soon as a stream of this listener is, accepting goes on.
+        """
+        if not callable(callback):
+            message = f"the callback cannot be called: {callback!r}"
+            raise TypeError(message)
+        self._policy.on_exhausted.append(callback)
+
+    # -- capacity
+
+    @property
+    def max_streams(self) -> Limit | None:
+        """How many streams may be open; ``None`` for any number. Can be set, to a number too.
+
+        Set lower than what is open, it closes none of them.
+        """
+        return self._deciding.capacity.get("max_streams")
+
+    @max_streams.setter
+    def max_streams(self, limit: int | Limit | None) -> None:
+        self._set_limit("max_streams", limit)
+
+    @property
+    def max_starting(self) -> Limit | None:
+        """How many streams may not have said `Stream.started()` yet; see `max_streams`."""
+        return self._deciding.capacity.get("max_starting")
+
+    @max_starting.setter
+    def max_starting(self, limit: int | Limit | None) -> None:
+        self._set_limit("max_starting", limit)
+
     # -- events
 
     def on(self, events: Event, callback: EventCallback) -> Subscription:
@@ -294,7 +451,7 @@ class Listener(Generic[T]):
         Asking for them makes them fit to be shared with another process, which costs each
         later rejection a system call.
         """
-        if self._deciding.closed:
+        if self._deciding.stopped:
             return ()
         self._gate.share()
         return tuple(TransportSocket(sock) for sock in self._gate.sockets)
@@ -316,7 +473,7 @@ class Listener(Generic[T]):
         """Return counts, and how things stand now."""
         pending = self._deciding.undecided()
         counts = self._ledger.counts
-        backlog = None if self._deciding.closed else self._gate.backlog()
+        backlog = None if self._deciding.stopped else self._gate.backlog()
         return Statistics(
             taken=self._ledger.taken,
             offers=self._ledger.offers,
@@ -329,15 +486,80 @@ class Listener(Generic[T]):
             closed=counts[Status.CLOSED],
             pending=len(pending),
             deciding=self._pending.deciding,
+            deferred=self._pending.deferred,
+            ready=sum(each.status in (Status.ADMITTED, Status.READY) for each in pending),
             oldest_age=pending[0].age if pending else None,
             rejecting=self._gate.rejecting,
             cut_short=self._gate.cut_short,
             streams=self._deciding.open_streams,
+            starting=self._deciding.capacity.starting.taken,
+            handlers=0 if self._serving is None else self._serving.handlers,
             backlog=None if backlog is None else backlog[0],
             backlog_limit=None if backlog is None else backlog[1],
+            suspended=self._deciding.suspended,
+            refusing=self._deciding.refusing,
+            exhausted=self._policy.exhaustion.under_way,
         )
 
+    # -- pausing
+
+    def suspend(self, *, refuse: bool = False) -> None:
+        """Take nobody until `resume()`; the kernel queues newcomers, up to the backlog.
+
+        What was taken before is decided all the same, and streams go on. With *refuse*,
+        those the kernel has queued are taken first, as far as ``max_pending`` allows, and
+        from then on it refuses: ``connect()`` fails with ECONNREFUSED. Whoever is just in
+        the handshake at that moment is reset. A second call does nothing, or adds *refuse*.
+
+        Raises:
+            ListenerClosedError: The listener is closed.
+            OSError, ValueError: The kernel cannot be made to refuse, since the sockets are
+                no TCP sockets, or not made by `listen()`, or shared with somebody;
+                nothing has changed.
+        """
+        self._check_open()
+        if refuse and not self._deciding.refusing:
+            self._deciding.refuse_new()
+        self._deciding.suspended = True
+
+    def resume(self) -> None:
+        """Take newcomers again, after `suspend()`. A second call does nothing.
+
+        Raises:
+            ListenerClosedError: The listener is closed.
+            OSError: The kernel does not listen again; the listener is as it was.
+        """
+        self._check_open()
+        if self._deciding.suspended:
+            self._deciding.resume()
+
     # -- ending
+
+    async def shutdown(self, timeout: float | None = None) -> Leftovers:  # noqa: ASYNC109
+        """End in order, in up to *timeout* seconds; return what was left, and why.
+
+        Those the kernel has queued are taken and decided, as far as ``max_pending``
+        allows, and nobody after them: the listening sockets are closed. Then the open
+        streams are waited for. Whatever is undecided or open after *timeout* is reset, and
+        the listener is closed. ``None``: no limit, so a deferred connection may keep it
+        until ``defer_timeout``, and a stream for as long as it likes.
+
+        A plain close of a listening socket resets whoever comes at that moment. A restart
+        that loses nobody needs a successor that has the same socket.
+
+        Returns:
+            `Leftovers`, which is false if there were none.
+
+        Raises:
+            TypeError, ValueError: *timeout* is no number of seconds; nothing has changed.
+
+        Cancellation:
+            Nobody is taken any more; nothing else is ended. Call it again, or `close()`.
+        """
+        _check_timeout("timeout", timeout)
+        left = await shutdown(self._deciding, timeout)
+        self.abort()
+        return left
 
     def close(self) -> None:
         """Stop; reset what is undecided. Streams go on. A second call does nothing.
@@ -347,7 +569,10 @@ class Listener(Generic[T]):
         listener that asks it keeps its verdict, if it does so itself and not by a task.
         """
         if not self._deciding.closed:
-            self._accepting.close()
+            consumer = self._deciding.consumer
+            self._deciding.close()
+            self._accepting.closed()
+            consumer.closed()
             if self._file is not None:
                 unlink(*self._file)
 
@@ -385,9 +610,30 @@ class Listener(Generic[T]):
                 self._loop.call_soon_threadsafe(self.close)
 
     def _check_open(self) -> None:
-        if self._deciding.closed:
+        if self._deciding.stopped:
             reason = "the listener is closed"
             raise ListenerClosedError(reason)
+
+    def _set_limit(self, name: str, limit: int | Limit | None) -> None:
+        self._deciding.set_limit(name, as_limit(name, limit))
+        self._warn_of_descriptors()
+
+    def _warn_of_descriptors(self) -> None:
+        """Say beforehand if the limits promise more than the process may open."""
+        limit, allowed = self.max_streams, descriptor_limit()
+        if limit is None or allowed is None:
+            return
+        needed = limit.n + (self._pending.max_pending or 0) + REJECTING
+        if needed > allowed:
+            logger.warning(
+                "RLIMIT_NOFILE allows %d descriptors, and max_streams=%d with max_pending=%r and"
+                " %d rejections may need %d: raise it, or lower them",
+                allowed,
+                limit.n,
+                self._pending.max_pending,
+                REJECTING,
+                needed,
+            )
 
 
 @overload
@@ -408,6 +654,9 @@ async def listen(
     defer_timeout: float | None = 30.0,
     reject_timeout: float | None = 5.0,
     on_eof: OnEof = "keep",
+    max_streams: int | Limit | None = None,
+    max_starting: int | Limit | None = None,
+    exhausted: OnExhausted = "pause",
     stream_factory: None = None,
     conditional_accept: bool = False,
 ) -> Listener[Stream]: ...
@@ -429,6 +678,9 @@ async def listen(
     defer_timeout: float | None = 30.0,
     reject_timeout: float | None = 5.0,
     on_eof: OnEof = "keep",
+    max_streams: int | Limit | None = None,
+    max_starting: int | Limit | None = None,
+    exhausted: OnExhausted = "pause",
     stream_factory: Callable[[Stream], T],
     conditional_accept: bool = False,
 ) -> Listener[T]: ...
@@ -455,6 +707,9 @@ async def listen(
     # nginx's lingering_timeout.
     reject_timeout: float | None = 5.0,
     on_eof: OnEof = "keep",
+    max_streams: int | Limit | None = None,
+    max_starting: int | Limit | None = None,
+    exhausted: OnExhausted = "pause",
     stream_factory: Callable[[Stream], Any] | None = None,
     conditional_accept: bool = False,
 ) -> Listener[Any]:
@@ -478,9 +733,10 @@ async def listen(
             caller has sent something (TCP_DEFER_ACCEPT); ``None``: it does not.
         max_pending: How many connections may be on the deque; at the bound no further one
             is taken, and the kernel's backlog holds the rest. ``None``: no limit.
-        on_full: What to do at that bound. ``"wait"``, the default: nothing is taken.
-            ``"expire_oldest"`` makes room by expiring the oldest deferred connection;
-            under `accept()` there never is one then, since it would be offered first.
+        on_full: What to do at that bound. ``"wait"``: nothing is taken.
+            ``"expire_oldest"`` makes room by expiring the oldest deferred connection.
+            ``None``: the first under `accept()`, where there never is one to expire,
+            since it would be offered first; the second under `streams()` and `serve()`.
         max_deciding: How many async decisions may be under way at once.
         defer_timeout: Seconds from the first deferral to a verdict; then the connection
             is closed as expired. ``None``: no limit.
@@ -488,6 +744,12 @@ async def listen(
             ``None``: no limit.
         on_eof: What a FIN before the verdict means. ``"keep"``: nothing, it may be a
             half-close. ``"withdraw"``: the caller has left; the connection expires.
+        max_streams: How many streams may be open; a number, or a `Limit`, which says what
+            happens to the next caller. Can be changed later, as the next can.
+        max_starting: How many of them may not have said `Stream.started()` yet: bounds
+            those who connect and do not log in.
+        exhausted: What `streams()` and `serve()` do without descriptors. ``"pause"``:
+            wait for one. ``"shed_oldest_deferred"``: expire the oldest deferred connection.
         stream_factory: Called with each new `Stream`; its result is what `accept()`
             returns.
         conditional_accept: Ask the condition before the handshake. Not available yet.
@@ -501,7 +763,9 @@ async def listen(
     """
     checked = check_options(options)
     _check_timeout("reject_timeout", reject_timeout)
-    _check_limits(max_pending, max_deciding, defer_timeout, on_full, on_eof)
+    _check_limits(max_pending, max_deciding, defer_timeout, on_full, on_eof, exhausted)
+    as_limit("max_streams", max_streams)
+    as_limit("max_starting", max_starting)
     hosts = _check_address(host, port, path)
     for name, number, most in (
         ("backlog", backlog, INT_MAX),
@@ -546,6 +810,9 @@ async def listen(
             max_deciding=max_deciding,
             defer_timeout=defer_timeout,
             on_eof=on_eof,
+            max_streams=max_streams,
+            max_starting=max_starting,
+            exhausted=exhausted,
         )
     except BaseException:
         for sock in sockets:
@@ -631,6 +898,7 @@ def _check_limits(
     defer_timeout: float | None,
     on_full: OnFull | None,
     on_eof: OnEof,
+    exhausted: OnExhausted,
 ) -> None:
     _check_timeout("defer_timeout", defer_timeout)
     for name, limit in (("max_pending", max_pending), ("max_deciding", max_deciding)):
@@ -647,4 +915,7 @@ def _check_limits(
         raise ValueError(message)
     if on_eof not in ("keep", "withdraw"):
         message = f"on_eof is 'keep' or 'withdraw', got {on_eof!r}"
+        raise ValueError(message)
+    if exhausted not in ("pause", "shed_oldest_deferred"):
+        message = f"exhausted is 'pause' or 'shed_oldest_deferred', got {exhausted!r}"
         raise ValueError(message)

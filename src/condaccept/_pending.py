@@ -10,12 +10,12 @@ import enum
 import heapq
 import ipaddress
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final, Protocol, TypeAlias
 
 import attrs
 
-from condaccept._verdict import AnyVerdict
+from condaccept._verdict import PEEK_LIMIT, AnyVerdict, Defer
 from condaccept.exceptions import CalleeDataError
 
 __all__ = (
@@ -25,15 +25,13 @@ __all__ = (
     "CalleeData",
     "Condition",
     "Credentials",
+    "Owner",
     "Peer",
     "PendingDeque",
     "PendingTransport",
     "Release",
     "Status",
 )
-
-PEEK_LIMIT: Final = 16384
-"""The most bytes one peek returns: a TLS record, so that a whole ClientHello fits."""
 
 Address: TypeAlias = Any
 """A socket address as Python spells it: two items, four for IPv6, a path for Unix."""
@@ -141,6 +139,19 @@ class Arrival(Protocol):
         """Look *name* up as ``transport.get_extra_info()`` does."""
 
 
+class Owner(Protocol):
+    """Who decides about a pending transport: what its own calls reach."""
+
+    def decide(self, pending: PendingTransport, verdict: AnyVerdict) -> None:
+        """See `PendingTransport.decide()`."""
+
+    async def hand_out(self, pending: PendingTransport) -> Any:
+        """See `PendingTransport.take()`."""
+
+    def wake(self, pending: PendingTransport) -> bool:
+        """See `PendingTransport.reconsider()`."""
+
+
 class CalleeData:
     """What the callee tells the caller together with the verdict.
 
@@ -201,51 +212,77 @@ class PendingTransport:
         group: The name of a stream group of the listener, or ``None``, as at the
             beginning of each offer.
         deferrals: How often it has been deferred.
+        timed_out: Whether the wait of ``Defer(until_bytes=…, within=…)`` is over and the
+            bytes have not come.
 
     Source: the parameters of the condition function of WSPAccept.
     """
 
     __slots__ = (
+        "_again",
+        "_alarm",
         "_arrival",
+        "_by_free",
         "_callee_data",
         "_clock",
         "_deadline",
+        "_due",
+        "_frees",
+        "_hints",
         "_holds",
+        "_in_line",
         "_kept",
         "_offered",
+        "_owner",
+        "_place",
         "_reason",
         "_resume",
         "_settled",
         "_socket",
+        "_started",
         "_status",
         "_taken",
         "_taker",
-        "_timed",
+        "_wake_at",
         "callback_data",
         "deferrals",
         "group",
         "state",
+        "timed_out",
     )
 
-    def __init__(self, arrival: Arrival, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, arrival: Arrival, clock: Callable[[], float], owner: Owner | None = None
+    ) -> None:
         self._arrival = arrival
         self._clock = clock
+        self._owner = owner
         self._taken = clock()
         self._status = self._resume = Status.QUEUED
         self._offered = False
         self._kept = False  # on the deque
+        self._place = 0  # there, in the order of taking
         self._reason = ""
-        self._deadline: float | None = None
-        self._timed = False  # among the deadlines that the deque watches
+        self._deadline: float | None = None  # of the deferral, counted from the first
+        self._wake_at: float | None = None  # a hint's time
+        self._alarm: float | None = None  # when the deque will look at the two
+        self._hints: Defer | None = None  # what the deferral waits for
+        self._due = False  # deferred, and to be offered again
+        self._again = False  # reconsidered while it was being decided about
+        self._in_line = False  # among those that wait for a place
+        self._by_free = False  # due because a place was given back, which it has to use
+        self._frees: int | None = None  # places given back before the decision began
         self._callee_data: CalleeData | None = None
         self._holds: list[Release] | None = None
         self._settled: list[Callable[[Any], object]] | None = None
         self._socket: Any = None
+        self._started: Callable[[], object] | None = None  # gives the place of starting back
         self._taker: Any = None
         self.callback_data: Any = None
         self.state: Any = None
         self.group: str | None = None
         self.deferrals = 0
+        self.timed_out = False
 
     def __repr__(self) -> str:
         return f"<PendingTransport {self._status.value} caller={self.caller_id!r}>"
@@ -373,6 +410,46 @@ class PendingTransport:
         """Return what asyncio's transports do under *name*: peername, sockname, socket."""
         return self._arrival.extra_info(name, default)
 
+    def reconsider(self) -> bool:
+        """Have it offered again soon, in its turn; return whether that will be.
+
+        False if it has found its end. Under decision already: asked again if the verdict
+        is DEFER.
+        """
+        return self._owner is not None and self._owner.wake(self)
+
+    def decide(self, verdict: AnyVerdict) -> None:
+        """Give the verdict now, as if the condition had said so; out of order.
+
+        With ACCEPT the stream goes to whoever takes the listener's streams, in its turn.
+
+        Raises:
+            RuntimeError: It has found its end already; the sentence says which.
+            PendingResetError: The peer has just been found to have reset it.
+            PendingExpiredError: It has just been found withdrawn.
+            AcceptInProgressError: A condition is being asked about it.
+            InvalidVerdictError, InvalidGroupError, CalleeDataError: As for a condition; it
+                keeps its place, undecided.
+        """
+        self._owned().decide(self, verdict)
+
+    async def take(self) -> Any:
+        """Accept it and return its stream, or what ``stream_factory`` makes of that.
+
+        Raises:
+            Exception: As `decide()`, or what ``stream_factory`` raised.
+
+        Cancellation:
+            Accepted all the same: the stream goes to whoever takes the listener's streams.
+        """
+        return await self._owned().hand_out(self)
+
+    def _owned(self) -> Owner:
+        if self._owner is None:
+            message = "no listener knows this pending transport: it was made for a test"
+            raise RuntimeError(message)
+        return self._owner
+
     def _move(self, status: Status) -> None:
         """Make one transition of the table, or raise and change nothing."""
         if status not in TRANSITIONS[self._status]:
@@ -398,10 +475,11 @@ class PendingDeque:
     """The connections that were taken and are not decided, oldest first.
 
     Also here, in their old place: connections lost before a verdict, until that is
-    reported, and those whose socket is still to come. A connection that is decided at
-    once is never here.
+    reported, and those that are accepted and have still to be given out. A connection that
+    is decided at once is never here.
 
-    Goals: the oldest in O(1), removal from anywhere in O(1), the next deadline in O(1).
+    Goals: the oldest in O(1), removal from anywhere in O(1), the next alarm in O(1), setting
+    one in O(log n).
     """
 
     def __init__(
@@ -411,27 +489,35 @@ class PendingDeque:
         self.max_deciding = max_deciding
         self.defer_timeout = defer_timeout
         self.deciding = 0
+        self.deferred = 0
         # A linked list under the hood: `deque` removes from the middle in O(n), and `dict`
         # walks over what was deleted at its front each time the first one is asked for.
         self._order: OrderedDict[PendingTransport, None] = OrderedDict()
-        # (deadline, tie-breaker, connection). Entries of decided connections stay until
-        # their time comes or until they are the majority.
-        self._deadlines: list[tuple[float, int, PendingTransport]] = []
+        # (time, tie-breaker, connection). An entry counts if its time is the connection's
+        # `_alarm`; the others stay until their time comes or until they are the majority.
+        self._alarms: list[tuple[float, int, PendingTransport]] = []
         self._tie = 0
+        self._places = 0
 
     def __len__(self) -> int:
         return len(self._order)
+
+    def __iter__(self) -> Iterator[PendingTransport]:
+        return iter(self._order)
 
     def undecided(self) -> tuple[PendingTransport, ...]:
         """Return the connections without a verdict, oldest first."""
         return tuple(pending for pending in self._order if pending._status not in _LOSSES)
 
     @property
+    def crowded(self) -> bool:
+        """Whether `max_pending` is reached."""
+        return self.max_pending is not None and len(self._order) >= self.max_pending
+
+    @property
     def full(self) -> bool:
         """Whether no further connection may be taken."""
-        return (
-            self.max_pending is not None and len(self._order) >= self.max_pending
-        ) or self.deciding >= self.max_deciding
+        return self.crowded or self.deciding >= self.max_deciding
 
     def head(self) -> PendingTransport | None:
         """Return the oldest that an accept call can do something about.
@@ -449,16 +535,25 @@ class PendingDeque:
                 return pending
         return None
 
+    def oldest_deferred(self) -> PendingTransport | None:
+        """Return the deferred connection that came first."""
+        for pending in self._order if self.deferred else ():
+            if pending._status is Status.DEFERRED:
+                return pending
+        return None
+
     def due(self) -> bool:
-        """Whether `head()` is more than a connection that was deferred."""
+        """Whether `head()` is more than a connection that waits for its hints."""
         head = self.head()
-        return head is not None and head._status is not Status.DEFERRED
+        return head is not None and (head._status is not Status.DEFERRED or head._due)
 
     def enter(self, pending: PendingTransport, status: Status, now: float) -> None:
         """Put a connection that was just taken at the end of the deque."""
         if status is not pending._status or status is not Status.QUEUED:
             pending._move(status)
         pending._kept = True
+        self._places += 1
+        pending._place = self._places
         self._order[pending] = None
         self._count(pending, status, now)
 
@@ -471,6 +566,8 @@ class PendingDeque:
         pending._move(status)
         if was is Status.DECIDING:
             self.deciding -= 1
+        elif was is Status.DEFERRED:
+            self.deferred -= 1
         if status in _ENDS and status not in _LOSSES:
             self._leave(pending)
         else:
@@ -484,25 +581,56 @@ class PendingDeque:
         """Take a loss off the deque: somebody was told."""
         self._leave(loss)
 
-    def expired(self, now: float) -> list[PendingTransport]:
-        """Return the deferred connections whose deadline has passed; they stay as they are.
+    def alarms(
+        self, now: float, limit: int
+    ) -> tuple[list[PendingTransport], list[PendingTransport]]:
+        """Return up to *limit* deferred connections whose time has come: ``(expired, to wake)``.
 
-        One under decision at its deadline is returned after it was deferred again.
+        They stay as they are. One under decision at its deadline is returned after it was
+        deferred again.
         """
-        over = []
-        while self._deadlines and self._deadlines[0][0] <= now:
-            pending = heapq.heappop(self._deadlines)[2]
-            pending._timed = False
-            if pending._status is Status.DEFERRED:
-                over.append(pending)
-        return over
+        expired: list[PendingTransport] = []
+        woken: list[PendingTransport] = []
+        while self._alarms and self._alarms[0][0] <= now and len(expired) + len(woken) < limit:
+            when, _, pending = heapq.heappop(self._alarms)
+            if when != pending._alarm:
+                continue
+            pending._alarm = None
+            if pending._status is not Status.DEFERRED:
+                continue
+            if pending._deadline is not None and pending._deadline <= now:
+                expired.append(pending)
+            elif pending._wake_at is not None and pending._wake_at <= now:
+                pending._wake_at = None
+                woken.append(pending)
+                self.set_alarm(pending)
+            else:
+                self.set_alarm(pending)
+        return expired, woken
 
     @property
-    def next_deadline(self) -> float | None:
-        """When `expired()` is to be asked next."""
-        while self._deadlines and self._deadlines[0][2]._status in _ENDS:
-            heapq.heappop(self._deadlines)
-        return self._deadlines[0][0] if self._deadlines else None
+    def next_alarm(self) -> float | None:
+        """When `alarms()` is to be asked next."""
+        alarms = self._alarms
+        while alarms and (alarms[0][2]._status in _ENDS or alarms[0][0] != alarms[0][2]._alarm):
+            heapq.heappop(alarms)
+        return alarms[0][0] if alarms else None
+
+    def set_alarm(self, pending: PendingTransport) -> None:
+        """Have *pending* looked at when its deadline or its hint's time comes."""
+        deadline, when = pending._deadline, pending._wake_at
+        if when is None or (deadline is not None and deadline < when):
+            when = deadline
+        if when is None or (pending._alarm is not None and pending._alarm <= when):
+            return
+        if len(self._alarms) > 2 * len(self._order) + 64:
+            self._alarms = [
+                e for e in self._alarms if e[2]._status not in _ENDS and e[0] == e[2]._alarm
+            ]
+            heapq.heapify(self._alarms)
+        pending._alarm = when
+        self._tie += 1
+        heapq.heappush(self._alarms, (when, self._tie, pending))
 
     def _leave(self, pending: PendingTransport) -> None:
         del self._order[pending]
@@ -512,19 +640,8 @@ class PendingDeque:
         if status is Status.DECIDING:
             self.deciding += 1
         elif status is Status.DEFERRED:
+            self.deferred += 1
             pending._resume = Status.DEFERRED
-            self._set_deadline(pending, now)
-
-    def _set_deadline(self, pending: PendingTransport, now: float) -> None:
-        if self.defer_timeout is None:
-            return
-        if pending._deadline is None:
-            pending._deadline = now + self.defer_timeout
-        if pending._timed:
-            return
-        pending._timed = True
-        if len(self._deadlines) > 2 * len(self._order) + 64:
-            self._deadlines = [e for e in self._deadlines if e[2]._status not in _ENDS]
-            heapq.heapify(self._deadlines)
-        self._tie += 1
-        heapq.heappush(self._deadlines, (pending._deadline, self._tie, pending))
+            if pending._deadline is None and self.defer_timeout is not None:
+                pending._deadline = now + self.defer_timeout
+            self.set_alarm(pending)

@@ -6,6 +6,8 @@ The only room with numbers of the kernel's in it.
 from __future__ import annotations
 
 import errno
+import os
+import resource
 import select
 import socket
 import struct
@@ -40,6 +42,8 @@ __all__ = (
     "check_options",
     "classify",
     "credentials",
+    "descriptor_free",
+    "descriptor_limit",
     "inherit_options",
     "inherit_reset",
     "linger",
@@ -216,6 +220,24 @@ class HandedSocket(socket.socket):
         if (release := self.release) is not None:
             self.release = self.owner = None
             release()
+
+
+def descriptor_free() -> bool:
+    """Whether this process can open another descriptor.
+
+    An accept(2) that says EAGAIN would tell as well, and costs a caller who came meanwhile.
+    """
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        return False
+    return True
+
+
+def descriptor_limit() -> int | None:
+    """Return how many descriptors this process may have (RLIMIT_NOFILE); ``None``: any number."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if soft == resource.RLIM_INFINITY else soft
 
 
 def raw_accept(sock: socket.socket) -> Callable[[], tuple[int, Address]]:

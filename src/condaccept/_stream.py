@@ -602,6 +602,16 @@ class Stream(Channel):
 
     # -- besides
 
+    def started(self) -> None:
+        """Say that the beginning is over: the stream counts no more as starting.
+
+        For the listener's ``max_starting``, which limits those that have not logged in yet,
+        say. A second call does nothing, and without that limit none does.
+        """
+        if self._started is not None:
+            started, self._started = self._started, None
+            started()
+
     @property
     def callee_id(self) -> Address:
         """The local address of this connection."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import enum
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import attrs
 
-__all__ = ("Accept", "AnyVerdict", "Defer", "Reject", "Verdict")
+__all__ = ("PEEK_LIMIT", "Accept", "AnyVerdict", "Defer", "Reject", "Verdict")
+
+PEEK_LIMIT: Final = 16384
+"""The most bytes that are looked at before a verdict: a TLS record, so that a whole
+ClientHello fits."""
 
 
 class Verdict(enum.Enum):
@@ -72,17 +76,21 @@ class Reject:
 
 @attrs.frozen(kw_only=True)
 class Defer:
-    """`DEFER` with hints about when asking again makes sense.
+    """`DEFER` with hints about when asking again makes sense; the first fulfilled counts.
 
-    Under `Listener.accept()` the hints go to the caller, in
-    `ConnectionDeferredError.defer`; there the next call offers the connection again,
-    whatever they say.
+    `Listener.streams()` and `Listener.serve()` ask again then, and not before; without any
+    hint, when somebody calls `reconsider()`. Under `Listener.accept()` the next call offers
+    the connection again whatever the hints say: there they make `wait_pending()` return,
+    and go to the caller in `ConnectionDeferredError.defer`.
 
     Attributes:
         after: Ask again when this many seconds have passed.
-        until_bytes: Ask again when this many bytes can be peeked.
-        within: With *until_bytes*: the seconds after which to ask again all the same.
-        until_free: Ask again when a place has been given back.
+        until_bytes: Ask again when this many bytes can be peeked, at most 16 KiB, or when
+            the caller will send no more.
+        within: With *until_bytes*: the seconds after which to ask again all the same;
+            then `PendingTransport.timed_out` is true.
+        until_free: Ask again when an accepted connection of the listener is over, or has
+            started: the oldest that waits so, one for each.
         reason: Text for the error, the log and the `Outcome`.
     """
 
@@ -99,8 +107,8 @@ class Defer:
         if isinstance(value, bool) or not isinstance(value, int):
             message = f"until_bytes is a number of bytes or None, got {value!r}"
             raise TypeError(message)
-        if value < 1:
-            message = f"until_bytes is at least 1, got {value!r}"
+        if not 1 <= value <= PEEK_LIMIT:
+            message = f"until_bytes is from 1 to {PEEK_LIMIT}, which can be peeked; got {value!r}"
             raise ValueError(message)
 
     @within.validator

@@ -191,12 +191,16 @@ class MemoryGate(ConnectedGate):
         admission.add_done_callback(lambda _: self._dropped(arrival, admission))
         return admission
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """Take no more; whoever was not taken reads the end of the stream."""
         self.closed = True
-        self._farewells.close()
         while self._queue:
             self._queue.popleft().reset()
+
+    def close(self) -> None:
+        """Take no more, and complete nothing any more."""
+        self.stop()
+        self._farewells.close()
         for _, admission in self.admitting:
             admission.cancel()
 

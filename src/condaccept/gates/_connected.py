@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from condaccept._watch import READ
 from condaccept.gates._farewell import Farewells
 
 if TYPE_CHECKING:
@@ -35,11 +36,16 @@ class ConnectedGate:
         """How many refused connections could not be given the time to read why."""
         return self._farewells.cut_short
 
-    def watch(self, arrival: Connection, changed: Callable[[], object]) -> None:
-        """Call *changed* when the peer of an undecided connection leaves."""
-        if self._watch.tells_hangup and not arrival.watched:
+    def watch(self, arrival: Connection, n: int, changed: Callable[[], object]) -> None:
+        """Call *changed* when the peer of an undecided connection leaves, or *n* bytes came."""
+        if n or arrival.marked:
+            arrival.mark(n)
+        interest = READ if n else 0
+        if arrival.watched:
+            self._watch.modify(arrival.fd, interest)
+        elif n or self._watch.tells_hangup:
             try:
-                self._watch.register(arrival.fd, 0, lambda _: changed())
+                self._watch.register(arrival.fd, interest, lambda _: changed())
             except OSError:
                 # fs.epoll.max_user_watches, or no memory: noticed when offered again.
                 return

@@ -52,7 +52,7 @@ class Connection:
     socket object.
     """
 
-    __slots__ = ("_kind", "_sock", "caller_id", "fd", "hangup", "watched")
+    __slots__ = ("_kind", "_sock", "caller_id", "fd", "hangup", "marked", "watched")
 
     capacity = CALLEE_DATA_CAPACITY
 
@@ -61,6 +61,7 @@ class Connection:
         self.caller_id = caller_id
         self.hangup = hangup
         self.watched = False
+        self.marked = False
         self._kind = kind
         self._sock: RawSocket | None = None
 
@@ -105,8 +106,30 @@ class Connection:
             return TransportSocket(self.sock)  # type: ignore[arg-type]
         return default
 
+    def mark(self, n: int) -> None:
+        """Have the kernel tell of data from *n* bytes on; 0 for any number.
+
+        A Unix socket takes the mark and does not keep to it.
+
+        Raises:
+            ValueError: The receive buffer does not hold so many; nothing has changed.
+
+        Source: socket(7), SO_RCVLOWAT.
+        """
+        option = socket.SOL_SOCKET, socket.SO_RCVLOWAT
+        self.sock.setsockopt(*option, n or 1)
+        self.marked = bool(n)
+        # Where the owner has set SO_RCVBUF the kernel cuts the mark down without a word.
+        if n and (most := self.sock.getsockopt(*option)) < n:
+            self.mark(0)
+            message = f"{n} bytes cannot wait unread on this socket, {most} can (SO_RCVBUF)"
+            raise ValueError(message)
+
     def own(self) -> OwnedSocket:
         """Give the descriptor over to a socket that tells of its end."""
+        if self.marked:
+            # A stream with the mark left on never sees a short message.
+            self.mark(0)
         if self._sock is not None:
             self._sock.detach()
             self._sock = None
@@ -118,6 +141,8 @@ class Connection:
 
     def farewell(self) -> RawSocket:
         """Give the socket away, made so that a close sends what is unsent."""
+        if self.marked:
+            self.mark(0)
         sock = self.sock
         self.fd, self._sock = -1, None
         if self._kind.linger is not None:

@@ -62,8 +62,15 @@ class Gate(Protocol, Generic[A]):
                 `PendingResetError`, which is about a connection that is gone.
         """
 
-    def watch(self, arrival: A, changed: Callable[[], object]) -> None:
-        """Call *changed* when the peer of an undecided connection leaves."""
+    def watch(self, arrival: A, n: int, changed: Callable[[], object]) -> None:
+        """Call *changed* when the peer of an undecided connection leaves, soon after.
+
+        With *n*, also when *n* bytes can be peeked, or maybe sooner. Called again for the
+        same arrival it changes *n*, and *changed* stays.
+
+        Raises:
+            ValueError: The connection cannot hold *n* bytes unread.
+        """
 
     def admit(self, arrival: A) -> OwnedSocket | asyncio.Future[OwnedSocket]:
         """Let a connection in: its socket, or a future of it, which may fail.
@@ -77,6 +84,30 @@ class Gate(Protocol, Generic[A]):
 
     def forget(self, arrival: A) -> None:
         """Drop a connection that found its end without a verdict."""
+
+    def check_refusable(self) -> None:
+        """Check that the kernel can be made to refuse.
+
+        Raises:
+            OSError, ValueError: It cannot; the sentence says why.
+        """
+
+    def refuse_new(self) -> None:
+        """Have the kernel refuse newcomers; whoever is still queued is reset.
+
+        Raises:
+            OSError, ValueError: As `check_refusable()`; nothing has changed.
+        """
+
+    def listen_again(self) -> None:
+        """End that.
+
+        Raises:
+            OSError: The kernel does not listen; it goes on refusing.
+        """
+
+    def stop(self) -> None:
+        """Take no more; the listening sockets are closed."""
 
     def close(self) -> None:
         """Take no more, and end what goes on in the background."""

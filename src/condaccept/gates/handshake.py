@@ -176,9 +176,8 @@ class HandshakeGate(ConnectedGate):
             self._unwatch(arrival)
         return arrival.own()
 
-    def close(self) -> None:
+    def stop(self) -> None:
         _unshared.discard(self)
-        self._farewells.close()
         for lane in self._lanes:
             self._watch.unregister(lane.fd)
             try:
@@ -186,6 +185,10 @@ class HandshakeGate(ConnectedGate):
             except OSError:
                 # Closed behind our back: the others still have to be.
                 continue
+
+    def close(self) -> None:
+        self.stop()
+        self._farewells.close()
 
     def _dry(self) -> None:
         for lane in self._lanes:

@@ -1,0 +1,653 @@
+"""What services use: `streams()` and `serve()`, where a deferral blocks nobody.
+
+A plain condition is asked straight from the readiness callback; a rejected caller costs no
+task and no future. Whoever is deferred is parked until its hints are fulfilled, and those
+behind it go on.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import contextvars
+import inspect
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
+
+from condaccept._deciding import LOSSES, TO_OFFER, closed_error
+from condaccept._exhaustion import Exhaustion
+from condaccept._pending import Status
+from condaccept._sockets import descriptor_free
+from condaccept._verdict import Accept, Defer, Reject, Verdict
+from condaccept.exceptions import (
+    AcceptError,
+    BuffersExhaustedError,
+    ConditionNotCallableError,
+    DescriptorsExhaustedError,
+    ListenerClosedError,
+    NetworkDownError,
+)
+
+if TYPE_CHECKING:
+    from condaccept._deciding import Deciding
+    from condaccept._exhaustion import Episode, OnExhausted
+    from condaccept._pending import Condition, PendingTransport
+    from condaccept._stream import Stream
+
+__all__ = ("Handler", "Policy", "Serve", "Streams")
+
+T = TypeVar("T")
+
+PER_WAKE_UP: Final = 32
+"""Offers before the loop's other readers have their turn: a few hundred microseconds."""
+IN_A_ROW: Final = 64
+"""Iterations that complete at once before one yields to the loop."""
+
+_VERDICTS: Final = (Verdict, Accept, Reject, Defer)
+
+logger = logging.getLogger("condaccept")
+
+Handler: TypeAlias = Callable[[T], Awaitable[object]]
+"""Called with each stream, or with what ``stream_factory`` made of it; usually ``async``."""
+
+
+class Policy:
+    """What a listener does without descriptors, whoever consumes.
+
+    Attributes:
+        on_exhausted: Called with the `Episode` when one begins.
+        exhausted: Whether to wait, or to expire the oldest deferred connection.
+        exhaustion: The episode under way.
+    """
+
+    def __init__(self, exhausted: OnExhausted) -> None:
+        self.exhausted = exhausted
+        self.on_exhausted: list[Callable[[Episode], object]] = []
+        self.exhaustion = Exhaustion()
+
+
+class Consumption(abc.ABC, Generic[T]):
+    """Takes, asks and parks; what becomes of an accepted connection is its heirs' matter."""
+
+    reports = False
+
+    def __init__(
+        self,
+        deciding: Deciding[T],
+        policy: Policy,
+        condition: Condition | None,
+        callback_data: object,
+    ) -> None:
+        if condition is not None and not callable(condition):
+            reason = f"the condition cannot be called: {condition!r}"
+            raise ConditionNotCallableError(reason)
+        self._deciding = deciding
+        self._loop = deciding._loop
+        self._gate = deciding._gate
+        self._pending = deciding._pending
+        self._policy = policy
+        self._condition = condition
+        self._callback_data = callback_data
+        # What conditions and handlers see of context variables is what the caller saw.
+        self._context = contextvars.copy_context()
+        self._due: deque[PendingTransport] = deque()  # to be offered again
+        self._ready: deque[PendingTransport] = deque()  # to be given out
+        self._deciders: set[asyncio.Task[None]] = set()
+        self._pumping = False
+        self._again = False
+        self._soon: asyncio.Handle | None = None
+        self._retry: asyncio.TimerHandle | None = None
+
+    # -- what it is told as the consumer
+
+    def arrived(self) -> None:
+        """Take and decide: somebody came."""
+        if not self._policy.exhaustion.under_way:
+            # Without descriptors each newcomer would only be one more failure.
+            self._run()
+
+    def became_due(self, pending: PendingTransport | None) -> None:
+        """Offer *pending* again in its turn, or give it out."""
+        if pending is not None:
+            if pending._status is Status.READY:
+                self._ready.append(pending)
+            elif pending._status in TO_OFFER:
+                self._due.append(pending)
+        self._later()
+
+    def left_place(self) -> None:
+        """Go on: somebody may have waited for the place."""
+        self._later()
+
+    def closed(self) -> None:
+        """Stop: the listener was closed, or takes no more."""
+        self._later()
+
+    @abc.abstractmethod
+    def busy(self) -> bool:
+        """Whether another consumer has to wait."""
+
+    # -- the pump
+
+    def _begin(self) -> None:
+        """Become the consumer: whoever waits undecided is offered to this condition."""
+        if self._deciding.consumer is self:
+            return
+        self._deciding.switch(self)
+        self._due.clear()
+        self._ready.clear()
+        for pending in list(self._pending):
+            if pending._status in LOSSES:
+                self._pending.report(pending)
+            elif pending._status is not Status.DEFERRED:
+                self.became_due(pending)
+            elif not pending._due:
+                self._deciding.wake(pending)
+            else:
+                self._due.append(pending)
+
+    def _end(self) -> None:
+        """Do nothing any more."""
+        for handle in (self._soon, self._retry):
+            if handle is not None:
+                handle.cancel()
+        self._soon = self._retry = None
+        self._deciding.leave(self)
+
+    def _later(self) -> None:
+        """Go on in the next turn of the loop, or at the end of this one's work."""
+        if self._pumping:
+            self._again = True
+        elif self._soon is None and not self._loop.is_closed():
+            self._soon = self._loop.call_soon(self._run)
+
+    def _run(self) -> None:
+        if self._soon is not None:
+            self._soon.cancel()
+            self._soon = None
+        if self._deciding.consumer is not self:
+            return
+        if not self._pumping:
+            self._context.run(self._pump)
+        self._after()
+
+    def _after(self) -> None:
+        """See whether the work has ended."""
+
+    def _pump(self) -> None:
+        """Take and decide, for a bounded number of offers."""
+        self._pumping = True
+        self._again = False
+        try:
+            for _ in range(PER_WAKE_UP):
+                if not self._wants():
+                    return
+                pending = self._next()
+                if pending is None:
+                    return
+                self._offer(pending)
+            self._again = True
+        finally:
+            self._pumping = False
+            if self._again:
+                self._later()
+
+    @abc.abstractmethod
+    def _wants(self) -> bool:
+        """Whether somebody is there for whom to take another connection."""
+
+    @abc.abstractmethod
+    def _give(self, stream: Stream, result: T) -> None:
+        """Give an accepted connection to whom it was taken for."""
+
+    @abc.abstractmethod
+    def _wants_stream(self) -> bool:
+        """Whether one that is accepted now can be given out now."""
+
+    def _next(self) -> PendingTransport | None:
+        """Return the next connection to offer, or to give out; ``None``: nobody is there."""
+        deciding = self._deciding
+        if deciding.closed:
+            return None
+        while self._ready and self._wants_stream():
+            pending = self._ready.popleft()
+            if pending._status is Status.READY:
+                return pending
+        if self._pending.deciding >= self._pending.max_deciding:
+            return None
+        while self._due:
+            if not deciding.room_to_offer():
+                return None
+            pending = self._due.popleft()
+            # Else decided meanwhile, or here twice.
+            if _is_due(pending) and deciding.look(pending):
+                return pending
+        if self._pending.crowded and not (deciding.expires_oldest and self._pending.deferred):
+            return None
+        while (taken := self._take()) is not None and taken._status not in TO_OFFER:
+            pass  # lost before it was taken
+        return taken
+
+    def _take(self) -> PendingTransport | None:
+        exhaustion = self._policy.exhaustion
+        try:
+            pending = self._deciding.take()
+        except NetworkDownError as error:
+            logger.debug("%s", error.reason)
+            self._again = True
+            return None
+        except (DescriptorsExhaustedError, BuffersExhaustedError) as error:
+            self._exhausted(error)
+            return None
+        except AcceptError as error:
+            self._broken(error)
+            return None
+        if exhaustion.under_way:
+            if pending is not None:
+                exhaustion.succeeded()
+            elif not self._gate.waiting():
+                self._nobody_waits()
+        return pending
+
+    @abc.abstractmethod
+    def _broken(self, error: AcceptError) -> None:
+        """End: nothing can be accepted from these sockets any more."""
+
+    def _offer(self, pending: PendingTransport) -> None:
+        if pending._status is Status.READY:
+            self._give_ready(pending)
+            return
+        try:
+            verdict = self._deciding.ask(pending, self._condition, self._callback_data)
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - of one client
+            self._condition_raised(pending, error)
+            return
+        finally:
+            self._deciding.done_with_fresh()
+        if isinstance(verdict, _VERDICTS) or not inspect.isawaitable(verdict):
+            self._conclude(pending, verdict)
+            return
+        task = self._loop.create_task(self._decide(pending, verdict))
+        self._deciders.add(task)
+        self._deciding.under_decision(pending, task)
+        task.add_done_callback(partial(self._decided, pending, verdict))
+
+    async def _decide(self, pending: PendingTransport, awaitable: Awaitable[Any]) -> None:
+        try:
+            verdict = await self._deciding.answer(pending, awaitable)
+        except ListenerClosedError:
+            if pending._status is not Status.CLOSED:
+                raise
+        except asyncio.CancelledError as error:
+            if pending._status is not Status.REJECTED:
+                raise
+            self._condition_raised(pending, error)
+        except Exception as error:  # noqa: BLE001 - of one client
+            self._condition_raised(pending, error)
+        else:
+            if self._deciding.look(pending):
+                self._conclude(pending, verdict)
+
+    def _decided(
+        self, pending: PendingTransport, awaitable: Awaitable[Any], task: asyncio.Task[None]
+    ) -> None:
+        self._deciders.discard(task)
+        if task.cancelled() and inspect.iscoroutine(awaitable):
+            # Before its first step, maybe: then the condition has never begun.
+            awaitable.close()
+        self._deciding.abandon(pending, task)
+        self._later()
+
+    def _conclude(self, pending: PendingTransport, verdict: object) -> None:
+        deciding = self._deciding
+        try:
+            made: Any = deciding.conclude(pending, verdict, deliver=self._wants_stream())
+        except ListenerClosedError:
+            return
+        except AcceptError as error:
+            logger.error(  # noqa: TRY400 - whose fault it is stands in the sentence
+                "%r is not accepted: %s", pending.caller_id, error.reason, extra=_extra(pending)
+            )
+            if pending._status in TO_OFFER:
+                # Fail closed: there is no caller who could be told to try something else.
+                deciding.refuse(pending, error.reason)
+            return
+        except Exception:
+            logger.exception(
+                "no stream could be made for %r", pending.caller_id, extra=_extra(pending)
+            )
+            return
+        if type(made) is tuple:
+            self._give(*made)
+
+    def _give_ready(self, pending: PendingTransport) -> None:
+        if not self._deciding.still_there(pending):
+            return
+        try:
+            made: Any = self._deciding.unasked(pending)
+        except Exception:
+            logger.exception(
+                "no stream could be made for %r", pending.caller_id, extra=_extra(pending)
+            )
+            return
+        self._give(*made)
+
+    def _condition_raised(self, pending: PendingTransport, error: BaseException) -> None:
+        logger.error(
+            "rejected %r: its condition raised",
+            pending.caller_id,
+            exc_info=error,
+            extra=_extra(pending),
+        )
+
+    # -- without descriptors
+
+    def _exhausted(self, error: AcceptError) -> None:
+        backlog = self._gate.backlog()
+        waiting = None if backlog is None else backlog[0]
+        exhaustion = self._policy.exhaustion
+        begun = exhaustion.failed(self._loop.time(), error.reason, waiting)
+        if self._policy.exhausted == "shed_oldest_deferred":
+            oldest = self._pending.oldest_deferred()
+            if oldest is not None:
+                self._deciding.expire(oldest, f"expired for a newcomer: {error.reason}")
+                self._again = True
+        if begun is not None:
+            logger.warning(
+                "cannot accept: %s; %s waiting",
+                begun.reason,
+                "somebody is" if waiting is None else waiting,
+                extra={"waiting": waiting},
+            )
+            for callback in self._policy.on_exhausted:
+                self._loop.call_soon(callback, begun)
+        self._set_retry()
+
+    def _set_retry(self) -> None:
+        # A descriptor that is closed elsewhere in the process tells nobody.
+        if self._retry is None:
+            delay = self._policy.exhaustion.delay
+            self._retry = self._loop.call_later(delay, self._try_again)
+
+    def _try_again(self) -> None:
+        self._retry = None
+        self._run()
+
+    def _nobody_waits(self) -> None:
+        """End the episode, if there is a descriptor for the next who comes."""
+        if not descriptor_free():
+            self._set_retry()
+            return
+        ended = self._policy.exhaustion.caught_up(self._loop.time())
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+        if ended is not None:
+            logger.warning(
+                "accepting again after %.3f s: %s",
+                ended.seconds,
+                "all are served"
+                if ended.waiting is None
+                else f"up to {ended.waiting} waited at once, all are served",
+                extra={"seconds": ended.seconds, "waiting": ended.waiting},
+            )
+
+
+class Streams(Consumption[T]):
+    """An asynchronous iterator over the streams of accepted connections; see `Listener.streams()`.
+
+    Several tasks may iterate over one such object; each stream goes to one of them.
+    Nothing is taken while none of them waits for the next one. What happens to a caller
+    that does not get in is told by `Listener.on_outcome()` and counted.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._iterating = 0
+        self._given: deque[T] = deque()
+        self._direct = False  # a task is in the pump itself, and takes what comes
+        self._over = False
+        self._streak = 0
+        self._error: AcceptError | None = None
+
+    def __aiter__(self) -> Streams[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        """Return the next accepted connection's stream.
+
+        Raises:
+            StopAsyncIteration: The listener was closed.
+            AcceptInProgressError: The call comes from a condition of this listener, or
+                another kind of consumer is at work.
+            AcceptError: The listening socket was closed or shut down by somebody else.
+
+        Cancellation:
+            Safe: an accepted connection waits for the next iteration.
+        """
+        if self._streak >= IN_A_ROW:
+            await self._turn()
+        self._streak += 1
+        self._iterating += 1
+        try:
+            self._deciding.check_reentry()
+            while True:
+                if self._error is not None:
+                    raise self._error
+                if self._over or self._deciding.finished():
+                    raise closed_error()
+                self._begin()
+                if (result := self._try()) is not None:
+                    return result[0]
+                if not self._deciding.finished() and self._error is None:
+                    await self._wait()
+        except ListenerClosedError:
+            await self._turn()
+            raise StopAsyncIteration from None
+        except Exception:
+            await self._turn()
+            raise
+        finally:
+            self._iterating -= 1
+
+    async def aclose(self) -> None:
+        """End the iterations. Decisions under way are cancelled.
+
+        Their connections stay, undecided; so do accepted ones that nobody has taken: the
+        next consumer gets them.
+
+        Cancellation:
+            The iterations have ended; decisions under way are cancelled all the same.
+        """
+        self._over = True
+        self.closed()
+        for task in list(self._deciders):
+            task.cancel()
+        while self._deciders:
+            await asyncio.wait(self._deciders)
+        self._end()
+
+    def busy(self) -> bool:
+        """Whether an iteration waits, or a decision is under way."""
+        return self._iterating > 0 or bool(self._deciders)
+
+    async def _turn(self) -> None:
+        self._streak = 0
+        await asyncio.sleep(0)
+
+    def _try(self) -> tuple[T] | None:
+        """Take and decide until a stream is there; ``None``: it has to be waited for."""
+        self._direct = True
+        try:
+            self._pump()
+        finally:
+            self._direct = False
+        if self._given:
+            return (self._given.popleft(),)
+        return None
+
+    async def _wait(self) -> None:
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        self._waiters.append(waiter)
+        self._streak = 0
+        try:
+            await waiter
+        except BaseException:
+            if waiter.done() and not waiter.cancelled():
+                self._wake()  # woken, and ended before it could look: somebody else has to
+            elif waiter in self._waiters:
+                self._waiters.remove(waiter)
+            raise
+
+    def _wake(self) -> None:
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done() and not self._loop.is_closed():
+                waiter.set_result(None)
+                return
+
+    def became_due(self, pending: PendingTransport | None) -> None:
+        super().became_due(pending)
+        if pending is not None and pending._status is Status.READY:
+            self._wake()
+
+    def left_place(self) -> None:
+        if self._deciding.finished():
+            self.closed()
+        super().left_place()
+
+    def closed(self) -> None:
+        while self._waiters:
+            self._wake()
+
+    def _wants(self) -> bool:
+        if self._direct:
+            return not self._given
+        return bool(self._waiters)
+
+    def _wants_stream(self) -> bool:
+        return self._direct and not self._given
+
+    def _give(self, _stream: Stream, result: T) -> None:
+        self._given.append(result)
+
+    def _broken(self, error: AcceptError) -> None:
+        self._error = error
+        self.closed()
+
+
+class Serve(Consumption[T]):
+    """A handler for each accepted connection, as a task."""
+
+    def __init__(self, handler: Callable[[T], Awaitable[object]], *args: Any) -> None:
+        if not callable(handler):
+            message = f"the handler cannot be called: {handler!r}"
+            raise TypeError(message)
+        super().__init__(*args)
+        self._handler = handler
+        self._handlers: set[asyncio.Task[None]] = set()
+        self._ending: asyncio.Future[None] | None = None
+        self._error: AcceptError | None = None
+
+    async def run(self) -> None:
+        """See `Listener.serve()`."""
+        await asyncio.sleep(0)
+        if self._deciding.finished():
+            raise closed_error()
+        self._begin()
+        self._ending = self._loop.create_future()
+        try:
+            self._run()
+            await self._ending
+            await self._finished(cancel=False)
+        except BaseException:
+            await self._finished(cancel=True)
+            raise
+        finally:
+            self._end()
+            self._ending = None
+        if self._error is not None:
+            raise self._error
+
+    @property
+    def handlers(self) -> int:
+        """How many handlers are running."""
+        return len(self._handlers)
+
+    def busy(self) -> bool:
+        """Whether it is running."""
+        return self._ending is not None
+
+    def closed(self) -> None:
+        self._later()
+        self._after()
+
+    async def _finished(self, *, cancel: bool) -> None:
+        """Wait for decisions and handlers; a cancellation meanwhile cancels them."""
+        if cancel:
+            self._end()
+            self._cancel()
+        while tasks := self._deciders | self._handlers:
+            try:
+                await asyncio.wait(tasks)
+            except asyncio.CancelledError:
+                if not cancel:
+                    raise
+                self._cancel()
+
+    def _cancel(self) -> None:
+        for task in self._deciders | self._handlers:
+            task.cancel()
+
+    def _after(self) -> None:
+        ending = self._ending
+        if ending is not None and not ending.done() and not self._loop.is_closed():
+            if self._deciding.finished() or self._error is not None:
+                ending.set_result(None)
+
+    def _wants(self) -> bool:
+        return self._error is None and self._ending is not None and not self._ending.done()
+
+    def _wants_stream(self) -> bool:
+        return self._ending is not None
+
+    def _give(self, stream: Stream, result: T) -> None:
+        task = self._loop.create_task(self._handle(stream, result))
+        self._handlers.add(task)
+        task.add_done_callback(self._handlers.discard)
+
+    async def _handle(self, stream: Stream, result: T) -> None:
+        try:
+            running = self._handler(result)
+            if not inspect.isawaitable(running):
+                message = f"a handler is async, or returns an awaitable: {self._handler!r}"
+                raise TypeError(message)
+            await running
+        except Exception:
+            logger.exception(
+                "the handler of %r raised",
+                stream.caller_id,
+                extra={"caller_id": stream.caller_id},
+            )
+            stream.abort()
+        except BaseException:
+            stream.abort()
+            raise
+        else:
+            stream.close()
+
+    def _broken(self, error: AcceptError) -> None:
+        logger.error("serving has ended: %s", error.reason)
+        self._error = error
+
+
+def _is_due(pending: PendingTransport) -> bool:
+    return pending._status is Status.QUEUED or (pending._status is Status.DEFERRED and pending._due)
+
+
+def _extra(pending: PendingTransport) -> dict[str, object]:
+    return {"caller_id": pending.caller_id, "deferrals": pending.deferrals}
