@@ -23,6 +23,7 @@ from condaccept._events import Event as Event
 from condaccept._events import EventCallback as EventCallback
 from condaccept._events import Outcome as Outcome
 from condaccept._events import Subscription as Subscription
+from condaccept._group import StreamGroup as StreamGroup
 from condaccept._ledger import Statistics as Statistics
 from condaccept._listener import Listener as Listener
 from condaccept._listener import listen as listen
@@ -31,6 +32,9 @@ from condaccept._pending import Condition as Condition
 from condaccept._pending import Credentials as Credentials
 from condaccept._pending import PendingTransport as PendingTransport
 from condaccept._pending import Status as Status
+from condaccept._qos import QOS as QOS
+from condaccept._qos import FlowSpec as FlowSpec
+from condaccept._qos import Syn as Syn
 from condaccept._stream import Stream as Stream
 from condaccept._verdict import Accept as Accept
 from condaccept._verdict import AnyVerdict as AnyVerdict
@@ -56,6 +60,7 @@ from condaccept.exceptions import NotListeningError as NotListeningError
 from condaccept.exceptions import NotStreamSocketError as NotStreamSocketError
 from condaccept.exceptions import PendingExpiredError as PendingExpiredError
 from condaccept.exceptions import PendingResetError as PendingResetError
+from condaccept.exceptions import QualityOfServiceError as QualityOfServiceError
 
 ACCEPT = Verdict.ACCEPT
 REJECT = Verdict.REJECT
@@ -64,6 +69,7 @@ DEFER = Verdict.DEFER
 __all__ = (
     "ACCEPT",
     "DEFER",
+    "QOS",
     "REJECT",
     "Accept",
     "AcceptError",
@@ -82,6 +88,7 @@ __all__ = (
     "DescriptorsExhaustedError",
     "Event",
     "EventCallback",
+    "FlowSpec",
     "InvalidGroupError",
     "InvalidVerdictError",
     "Listener",
@@ -95,11 +102,14 @@ __all__ = (
     "PendingExpiredError",
     "PendingResetError",
     "PendingTransport",
+    "QualityOfServiceError",
     "Reject",
     "Statistics",
     "Status",
     "Stream",
+    "StreamGroup",
     "Subscription",
+    "Syn",
     "Verdict",
     "listen",
 )

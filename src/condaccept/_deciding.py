@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar, cast
 
+from condaccept._group import Groups, OpenStreams
 from condaccept._pending import Condition, Peer, PendingDeque, PendingTransport, Status
-from condaccept._sockets import OwnedSocket, inherit_options, reset
+from condaccept._sockets import OwnedSocket, apply_flow, inherit_options, reset
 from condaccept._stream import Stream
 from condaccept._verdict import Accept, AnyVerdict, Defer, Reject, Verdict
 from condaccept.exceptions import (
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from condaccept._events import Signals
+    from condaccept._group import StreamGroup
     from condaccept._ledger import Ledger
     from condaccept._pending import Arrival, Release
     from condaccept._sockets import Option
@@ -77,6 +78,7 @@ class Deciding(Generic[T]):
     Attributes:
         asked: The connection that a plain condition is being asked about, right now.
         deciders: Those under decision by an async condition, and the tasks that wait.
+        groups: The listener's groups of streams.
         options: Socket options set after the listener began.
         closed: Whether `close()` was called.
     """
@@ -106,7 +108,7 @@ class Deciding(Generic[T]):
         self._became_due = became_due
         self._left_place = left_place
         self._fresh: PendingTransport | None = None  # taken, and in the hands of a call
-        self._streams: dict[int, weakref.ref[Stream]] = {}
+        self._streams = OpenStreams()
         self._serial = 0
         self._thread = threading.get_ident()
         self._idle: list[asyncio.Future[None]] = []  # wait_closed calls
@@ -114,6 +116,8 @@ class Deciding(Generic[T]):
         self._timer_at = 0.0
         self.asked: PendingTransport | None = None
         self.deciders: dict[PendingTransport, asyncio.Task[Any] | None] = {}
+        self.groups = Groups(sock.family for sock in gate.sockets)
+        self._group_qos = self.groups.qos  # made once, for every connection
         self.options: list[Option] = []
         self.closed = False
 
@@ -151,10 +155,7 @@ class Deciding(Generic[T]):
 
     def abort_streams(self) -> None:
         """Abort every stream that is open."""
-        for each in list(self._streams.values()):
-            stream = each()
-            if stream is not None:
-                stream.abort()
+        self._streams.abort()
 
     def undecided(self) -> tuple[PendingTransport, ...]:
         """See `Listener.pending`."""
@@ -183,12 +184,12 @@ class Deciding(Generic[T]):
         except PendingResetError as error:
             # Told of by accept(2), which gave no connection: a loss like any other.
             self._ledger.taken += 1
-            pending = PendingTransport(cast("Arrival", _Nobody()), time.monotonic)
+            pending = PendingTransport(cast("Arrival", _Nobody()), time.monotonic, self._group_qos)
             self._book(pending, Status.RESET, error.reason)
             return pending
         if not taken:
             return None
-        pending = PendingTransport(taken[0], time.monotonic)
+        pending = PendingTransport(taken[0], time.monotonic, self._group_qos)
         self._ledger.taken += 1
         self._fresh = pending
         if pending._arrival.hangup:
@@ -218,7 +219,7 @@ class Deciding(Generic[T]):
             self._pending.move(pending, Status.DECIDING, 0.0)
         self._ledger.offers += 1
         pending.callback_data = callback_data
-        pending.group = pending._callee_data = None
+        pending.group = pending._callee_data = pending._sqos = None
         if condition is None:
             return _ACCEPT
         pending._offered = True
@@ -297,10 +298,9 @@ class Deciding(Generic[T]):
         raise InvalidVerdictError(reason, pending.caller_id)
 
     def _accept(self, pending: PendingTransport, accept: Accept) -> object:
-        if pending.group is not None:
+        if pending.group is not None and self.groups.find(pending.group) is None:
             self.undo(pending)
-            reason = f"the listener has no group {pending.group!r}"
-            raise InvalidGroupError(reason, pending.caller_id)
+            raise _no_group(pending)
         admission = self._gate.admit(pending._arrival)
         pending._offered = False
         if isinstance(admission, OwnedSocket):
@@ -376,10 +376,17 @@ class Deciding(Generic[T]):
     def _deliver(self, pending: PendingTransport, sock: OwnedSocket, reason: str) -> object:
         """Make the stream of an accepted connection."""
         pending._taker = _IN_HAND
-        self._serial += 1
-        sock.own(partial(self._over, self._serial, pending._release_holds()), self._forgotten)
+        serial = self._serial = self._serial + 1
+        group = self.groups.find(pending.group)
+        holds = pending._release_holds()
+        if group is not None:
+            # First, so that what is released can count on the place in the group.
+            holds = [partial(group._discard, serial), *holds]
+        sock.own(partial(self._over, serial, holds), self._forgotten)
         if self.options:
             inherit_options(sock, self.options)
+        if pending._sqos is not None or pending.group is not None:
+            self._apply_qos(pending, sock, group)
         try:
             stream = Stream(
                 sock, self._loop, self._watch, pending.caller_id, self._signals.subscriptions
@@ -390,7 +397,9 @@ class Deciding(Generic[T]):
             sock.close()
             raise
         stream.state = pending.state
-        self._streams[self._serial] = weakref.ref(stream)
+        self._streams._add(serial, stream)
+        if group is not None:
+            group._add(serial, stream)
         if pending._callee_data:
             try:
                 stream.write(bytes(pending._callee_data))
@@ -408,6 +417,25 @@ class Deciding(Generic[T]):
         self._to(pending, Status.ACCEPTED)
         self._ledger.settle(pending, Status.ACCEPTED, reason)
         return result
+
+    def _apply_qos(
+        self, pending: PendingTransport, sock: OwnedSocket, group: StreamGroup | None
+    ) -> None:
+        """Apply the flow spec that the condition asked for, or else its group's."""
+        try:
+            if group is None and pending.group is not None:
+                # Named between the verdict and the end of a slow admission.
+                raise _no_group(pending)
+            flow = None if pending._sqos is None else pending._sqos.sending
+            if flow is None and group is not None:
+                flow = group.qos
+            if flow is not None:
+                apply_flow(sock, flow, pending.ip)
+        except AcceptError as error:
+            error.caller_id = pending.caller_id
+            self._fail(pending, error.reason)
+            reset(sock)
+            raise
 
     def _fail(self, pending: PendingTransport, reason: str) -> None:
         self._to(pending, Status.FAILED)
@@ -431,7 +459,7 @@ class Deciding(Generic[T]):
             # Collected as garbage, wherever the collector ran: releases are for this thread.
             self._loop.call_soon_threadsafe(self._over, serial, holds)
             return
-        self._streams.pop(serial, None)
+        self._streams._discard(serial)
         if holds:
             self._ledger.release(holds)
 
@@ -560,6 +588,10 @@ def current_task() -> asyncio.Task[Any] | None:
         return asyncio.current_task()
     except RuntimeError:
         return None
+
+
+def _no_group(pending: PendingTransport) -> InvalidGroupError:
+    return InvalidGroupError(f"the listener has no group {pending.group!r}", pending.caller_id)
 
 
 def closed_error(pending: PendingTransport | None = None) -> ListenerClosedError:

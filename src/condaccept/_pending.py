@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol, TypeAlias
 
 import attrs
 
+from condaccept._qos import ECN, QOS, FlowSpec, Syn, parse_syn
 from condaccept._verdict import AnyVerdict
 from condaccept.exceptions import CalleeDataError
 
@@ -119,6 +120,13 @@ class Arrival(Protocol):
     """Whether the other end is worth a look: set when it was taken."""
 
     @property
+    def has_qos(self) -> bool:
+        """Whether a flow spec can be applied to this kind of connection."""
+
+    def syn(self) -> bytes | None:
+        """Return the headers of the SYN, where they were saved; each time the same."""
+
+    @property
     def capacity(self) -> int:
         """How many bytes of callee data this kind of connection can carry."""
 
@@ -198,8 +206,8 @@ class PendingTransport:
     Attributes:
         callback_data: What the caller of `accept()` passed along, untouched.
         state: Anything; becomes `Stream.state`. How a condition tells what it learned.
-        group: The name of a stream group of the listener, or ``None``, as at the
-            beginning of each offer.
+        group: The name of a stream group of the listener that the stream of an ACCEPT is
+            to be in, or ``None``, as at the beginning of each offer.
         deferrals: How often it has been deferred.
 
     Source: the parameters of the condition function of WSPAccept.
@@ -210,6 +218,7 @@ class PendingTransport:
         "_callee_data",
         "_clock",
         "_deadline",
+        "_group_qos",
         "_holds",
         "_kept",
         "_offered",
@@ -217,6 +226,7 @@ class PendingTransport:
         "_resume",
         "_settled",
         "_socket",
+        "_sqos",
         "_status",
         "_taken",
         "_taker",
@@ -227,9 +237,15 @@ class PendingTransport:
         "state",
     )
 
-    def __init__(self, arrival: Arrival, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        arrival: Arrival,
+        clock: Callable[[], float],
+        group_qos: Callable[[object], FlowSpec | None],
+    ) -> None:
         self._arrival = arrival
         self._clock = clock
+        self._group_qos = group_qos
         self._taken = clock()
         self._status = self._resume = Status.QUEUED
         self._offered = False
@@ -238,6 +254,7 @@ class PendingTransport:
         self._deadline: float | None = None
         self._timed = False  # among the deadlines that the deque watches
         self._callee_data: CalleeData | None = None
+        self._sqos: QOS | None = None
         self._holds: list[Release] | None = None
         self._settled: list[Callable[[Any], object]] | None = None
         self._socket: Any = None
@@ -300,6 +317,53 @@ class PendingTransport:
     @callee_data.setter
     def callee_data(self, data: bytes | bytearray | memoryview) -> None:
         self.callee_data.set(data)
+
+    @property
+    def sqos(self) -> QOS | None:
+        """The quality of service of this connection; ``None`` where there is none, for Unix.
+
+        Its ``receiving`` is what the caller's SYN asked for. A `FlowSpec` assigned to its
+        ``sending`` is applied on ACCEPT, before anybody sees the stream, in place of the
+        one of the group, and read back; if that fails, the connection is reset and the
+        accept call raises `QualityOfServiceError`. Parts that are ``None`` stay as the
+        listener's socket options have them. It belongs to one offer: at the next one
+        ``sending`` is ``None`` again.
+
+        Raises:
+            OSError: Asked for the first time when the connection is not pending any more.
+
+        Source: lpSQOS of WSPAccept; socket(7), SO_MAX_PACING_RATE; ip(7), IP_TOS; RFC 3542,
+        6.5, for IPV6_TCLASS.
+        """
+        if self._sqos is None and self._arrival.has_qos:
+            syn = self.syn
+            service_type = None if syn is None else syn.traffic_class & ~ECN
+            self._sqos = QOS(receiving=FlowSpec(service_type=service_type))
+        return self._sqos
+
+    @property
+    def gqos(self) -> FlowSpec | None:
+        """The flow spec of the group that `group` names; ``None`` if there is none.
+
+        Source: lpGQOS of WSPAccept.
+        """
+        return self._group_qos(self.group)
+
+    @property
+    def syn(self) -> Syn | None:
+        """What the segment that opened the connection said; ``None`` if that is unknown.
+
+        Linux keeps it for the sockets of `listen()`, and for others with TCP_SAVE_SYN
+        among their options; not for Unix sockets, nor for a connection made by a SYN
+        cookie, when the kernel was flooded.
+
+        Raises:
+            OSError: Asked for the first time when the connection is not pending any more.
+
+        Source: tcp(7), TCP_SAVE_SYN and TCP_SAVED_SYN.
+        """
+        raw = self._arrival.syn()
+        return None if raw is None else parse_syn(raw)
 
     @property
     def age(self) -> float:

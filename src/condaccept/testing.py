@@ -21,8 +21,9 @@ from condaccept.gates._connection import CALLEE_DATA_CAPACITY, Connection, Kind
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
+    from condaccept._qos import FlowSpec
     from condaccept._sockets import Option, OwnedSocket
     from condaccept._stream import Stream
     from condaccept._watch import Watch
@@ -44,7 +45,15 @@ class _FakeArrival:
     who: Credentials | None
     other_end: Peer
     info: dict[str, Any]
+    headers: bytes | None
     hangup: bool = True
+
+    @property
+    def has_qos(self) -> bool:
+        return isinstance(self.caller_id, tuple)
+
+    def syn(self) -> bytes | None:
+        return self.headers
 
     def callee_id(self) -> Address:
         return self.callee
@@ -77,11 +86,15 @@ def pending_transport(
     credentials: Credentials | None = None,
     peer_closed: bool = False,
     extra_info: dict[str, Any] | None = None,
+    syn: bytes | None = None,
+    groups: Mapping[Any, FlowSpec | None] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> PendingTransport:
     """Return a pending transport that no listener knows, to call a condition with.
 
     An offer of it is under way, so `hold()` can be called; nothing is ever released.
+    *syn* is what TCP_SAVED_SYN would give: the IP and the TCP header of a SYN. *groups* are
+    the flow specs that groups of the listener would have, by name.
     """
     arrival = _FakeArrival(
         caller_id,
@@ -91,8 +104,9 @@ def pending_transport(
         credentials,
         Peer.SHUT if peer_closed else Peer.THERE,
         extra_info or {},
+        syn,
     )
-    pending = PendingTransport(arrival, clock)
+    pending = PendingTransport(arrival, clock, dict(groups or {}).get)
     pending.callback_data = callback_data
     pending._offered = True
     return pending

@@ -9,7 +9,15 @@ from asyncio.trsock import TransportSocket
 from typing import TYPE_CHECKING, Any, Final
 
 from condaccept._pending import Peer
-from condaccept._sockets import OwnedSocket, RawSocket, credentials, peer, reset, set_linger
+from condaccept._sockets import (
+    OwnedSocket,
+    RawSocket,
+    credentials,
+    peer,
+    reset,
+    saved_syn,
+    set_linger,
+)
 
 if TYPE_CHECKING:
     from condaccept._pending import Address, Credentials
@@ -52,7 +60,7 @@ class Connection:
     socket object.
     """
 
-    __slots__ = ("_kind", "_sock", "caller_id", "fd", "hangup", "watched")
+    __slots__ = ("_kind", "_sock", "_syn", "caller_id", "fd", "hangup", "watched")
 
     capacity = CALLEE_DATA_CAPACITY
 
@@ -63,6 +71,7 @@ class Connection:
         self.watched = False
         self._kind = kind
         self._sock: RawSocket | None = None
+        self._syn: bytes | None = None
 
     @property
     def sock(self) -> RawSocket:
@@ -74,6 +83,16 @@ class Connection:
         if self._sock is None:
             self._sock = RawSocket(*self._kind.arguments, self.fd)
         return self._sock
+
+    @property
+    def has_qos(self) -> bool:
+        return self._kind.tcp
+
+    def syn(self) -> bytes | None:
+        if self._syn is None and self._kind.tcp:
+            # The kernel gives it out once.
+            self._syn = saved_syn(self.sock)
+        return self._syn or None
 
     def callee_id(self) -> Address:
         return self.sock.getsockname()
