@@ -377,7 +377,7 @@ class Deciding(Generic[T]):
         """Make the stream of an accepted connection."""
         pending._taker = _IN_HAND
         serial = self._serial = self._serial + 1
-        group = self.groups.find(pending.group)
+        group = None if pending.group is None else self.groups.find(pending.group)
         holds = pending._release_holds()
         if group is not None:
             # First, so that what is released can count on the place in the group.

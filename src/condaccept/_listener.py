@@ -507,7 +507,8 @@ async def listen(
         family: ``AF_INET`` or ``AF_INET6`` to use only these addresses of *host*.
         backlog: How many finished connections the kernel queues.
         options: Socket options, ``(level, name, value)`` each, set before listen(2);
-            accepted connections inherit them. TCP_NODELAY is set beforehand.
+            accepted connections inherit them. TCP_NODELAY is set beforehand, and, on
+            Linux, TCP_SAVE_SYN, which `PendingTransport.syn` is read from.
         reuse_port: Share the port with other sockets (SO_REUSEPORT).
         defer_accept: Seconds for which the kernel keeps a connection back until its
             caller has sent something (TCP_DEFER_ACCEPT); ``None``: it does not.

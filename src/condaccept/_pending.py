@@ -123,8 +123,8 @@ class Arrival(Protocol):
     def has_qos(self) -> bool:
         """Whether a flow spec can be applied to this kind of connection."""
 
-    def syn(self) -> bytes | None:
-        """Return the headers of the SYN, where they were saved; each time the same."""
+    def syn(self) -> bytes:
+        """Return the headers of the SYN, each time the same; ``b""`` if they are unknown."""
 
     @property
     def capacity(self) -> int:
@@ -362,8 +362,7 @@ class PendingTransport:
 
         Source: tcp(7), TCP_SAVE_SYN and TCP_SAVED_SYN.
         """
-        raw = self._arrival.syn()
-        return None if raw is None else parse_syn(raw)
+        return parse_syn(self._arrival.syn())
 
     @property
     def age(self) -> float:

@@ -171,7 +171,7 @@ def _parse(raw: bytes) -> Syn | None:
         return None
     end = start + (raw[start + 12] >> 4) * 4
     # The two headers and nothing else: whatever was meant otherwise is not taken for a SYN.
-    if end != len(raw) or end < start + _TCP_HEADER or not raw[start + 13] & _SYN:
+    if end != len(raw) or not raw[start + 13] & _SYN:
         return None
     options = _options(raw[start + _TCP_HEADER :])
     said = dict(options)  # of two alike the last one counts, as for the kernel

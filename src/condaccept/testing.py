@@ -45,14 +45,14 @@ class _FakeArrival:
     who: Credentials | None
     other_end: Peer
     info: dict[str, Any]
-    headers: bytes | None
+    headers: bytes
     hangup: bool = True
 
     @property
     def has_qos(self) -> bool:
         return isinstance(self.caller_id, tuple)
 
-    def syn(self) -> bytes | None:
+    def syn(self) -> bytes:
         return self.headers
 
     def callee_id(self) -> Address:
@@ -86,7 +86,7 @@ def pending_transport(
     credentials: Credentials | None = None,
     peer_closed: bool = False,
     extra_info: dict[str, Any] | None = None,
-    syn: bytes | None = None,
+    syn: bytes = b"",
     groups: Mapping[Any, FlowSpec | None] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> PendingTransport:

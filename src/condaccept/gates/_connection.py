@@ -88,11 +88,11 @@ class Connection:
     def has_qos(self) -> bool:
         return self._kind.tcp
 
-    def syn(self) -> bytes | None:
-        if self._syn is None and self._kind.tcp:
+    def syn(self) -> bytes:
+        if self._syn is None:
             # The kernel gives it out once.
-            self._syn = saved_syn(self.sock)
-        return self._syn or None
+            self._syn = saved_syn(self.sock) if self._kind.tcp else b""
+        return self._syn
 
     def callee_id(self) -> Address:
         return self.sock.getsockname()
