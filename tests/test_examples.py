@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -134,3 +135,27 @@ def test_benchmark_quick() -> None:
     assert "C loop" in done.stdout
     for loop in ("asyncio", "uvloop"):
         assert re.search(rf"{loop} +condaccept accept\(\), 16 tasks", done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux paces")
+def test_pacing_benchmark_quick(tmp_path: Path) -> None:
+    """The benchmark of pacing runs, and every client in it gets every byte."""
+    kept = tmp_path / "samples.json"
+    done = subprocess.run(
+        [
+            *STRICT,
+            str(ROOT / "benchmarks" / "bench_pacing.py"),
+            *("--quick", "--json", str(kept)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 of 6 transfers ended with another number of bytes" in done.stdout
+    samples = json.loads(kept.read_text())["samples"]
+    assert {sample["loop"] for sample in samples} == {"asyncio", "uvloop"}
+    assert {sample["received"] for sample in samples} == {1_000_000}

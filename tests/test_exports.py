@@ -28,6 +28,7 @@ PUBLIC = [condaccept, condaccept.exceptions, condaccept.gates, condaccept.testin
 ROOMS = [
     "exceptions",
     "_verdict",
+    "_qos",
     "_pending",
     "_events",
     "_ledger",
@@ -39,6 +40,7 @@ ROOMS = [
     "_transports",
     "_channel",
     "_stream",
+    "_group",
     "_deciding",
     "_accepting",
     "_serving",
@@ -52,8 +54,8 @@ ROOMS = [
 PURE = ROOMS[: ROOMS.index("_sockets")]
 """What these do needs no socket, no loop and no clock."""
 
-NAMED_FOR_TYPES = {("exceptions", "_verdict")}
-"""An annotation alone: an error carries the verdict it is about."""
+NAMED_FOR_TYPES = {("exceptions", "_verdict"), ("exceptions", "_qos")}
+"""An annotation alone: an error carries the verdict, or the flow spec, it is about."""
 
 
 def files() -> list[Path]:

@@ -26,6 +26,7 @@ from condaccept._events import EventCallback as EventCallback
 from condaccept._events import Outcome as Outcome
 from condaccept._events import Subscription as Subscription
 from condaccept._exhaustion import Episode as Episode
+from condaccept._group import StreamGroup as StreamGroup
 from condaccept._ledger import Statistics as Statistics
 from condaccept._listener import Listener as Listener
 from condaccept._listener import listen as listen
@@ -34,6 +35,9 @@ from condaccept._pending import Condition as Condition
 from condaccept._pending import Credentials as Credentials
 from condaccept._pending import PendingTransport as PendingTransport
 from condaccept._pending import Status as Status
+from condaccept._qos import QOS as QOS
+from condaccept._qos import FlowSpec as FlowSpec
+from condaccept._qos import Syn as Syn
 from condaccept._serving import Streams as Streams
 from condaccept._shutdown import Leftovers as Leftovers
 from condaccept._stream import Stream as Stream
@@ -61,6 +65,7 @@ from condaccept.exceptions import NotListeningError as NotListeningError
 from condaccept.exceptions import NotStreamSocketError as NotStreamSocketError
 from condaccept.exceptions import PendingExpiredError as PendingExpiredError
 from condaccept.exceptions import PendingResetError as PendingResetError
+from condaccept.exceptions import QualityOfServiceError as QualityOfServiceError
 
 ACCEPT = Verdict.ACCEPT
 REJECT = Verdict.REJECT
@@ -69,6 +74,7 @@ DEFER = Verdict.DEFER
 __all__ = (
     "ACCEPT",
     "DEFER",
+    "QOS",
     "REJECT",
     "Accept",
     "AcceptError",
@@ -88,6 +94,7 @@ __all__ = (
     "Episode",
     "Event",
     "EventCallback",
+    "FlowSpec",
     "InvalidGroupError",
     "InvalidVerdictError",
     "Leftovers",
@@ -103,13 +110,16 @@ __all__ = (
     "PendingExpiredError",
     "PendingResetError",
     "PendingTransport",
+    "QualityOfServiceError",
     "Reject",
     "Slots",
     "Statistics",
     "Status",
     "Stream",
+    "StreamGroup",
     "Streams",
     "Subscription",
+    "Syn",
     "Verdict",
     "listen",
 )

@@ -13,12 +13,12 @@ import logging
 import socket
 import threading
 import time
-import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, TypeVar, cast
 
+from condaccept._group import Groups, OpenStreams
 from condaccept._pending import Condition, Peer, PendingDeque, PendingTransport, Status
-from condaccept._sockets import OwnedSocket, inherit_options, peer, reset
+from condaccept._sockets import OwnedSocket, apply_flow, inherit_options, peer, reset
 from condaccept._stream import Stream
 from condaccept._verdict import Accept, AnyVerdict, Defer, Reject, Verdict
 from condaccept.exceptions import (
@@ -37,8 +37,10 @@ if TYPE_CHECKING:
 
     from condaccept._capacity import Capacity, Limit
     from condaccept._events import Signals
+    from condaccept._group import StreamGroup
     from condaccept._ledger import Ledger
     from condaccept._pending import Arrival, Release
+    from condaccept._qos import FlowSpec
     from condaccept._sockets import Option
     from condaccept._watch import Watch
     from condaccept.gates._gate import Gate
@@ -122,6 +124,7 @@ class Deciding(Generic[T]):
         stopped: Whether nothing will be taken any more.
         asked: The connection that a plain condition is being asked about, right now.
         deciders: Those under decision by an async condition, and the tasks that wait.
+        groups: The listener's groups of streams.
         options: Socket options set after the listener began.
         closed: Whether `close()` was called.
     """
@@ -159,7 +162,7 @@ class Deciding(Generic[T]):
         self._until_free: list[tuple[int, PendingTransport]] = []  # by place, some of them old
         self._frees = 0  # how many places were given back
         self._fresh: PendingTransport | None = None  # taken, and in the hands of a call
-        self._streams: dict[int, weakref.ref[Stream]] = {}
+        self._streams = OpenStreams()
         self._serial = 0
         self._thread = threading.get_ident()
         self._idle: list[asyncio.Future[None]] = []  # wait_closed calls
@@ -167,6 +170,7 @@ class Deciding(Generic[T]):
         self._timer_at = 0.0
         self.asked: PendingTransport | None = None
         self.deciders: dict[PendingTransport, asyncio.Task[Any] | None] = {}
+        self.groups = Groups(sock.family for sock in gate.sockets)
         self.options: list[Option] = []
         self.closed = False
 
@@ -249,7 +253,7 @@ class Deciding(Generic[T]):
 
     async def quiet(self) -> None:
         """Wait until nobody is undecided and no stream open, once nobody is taken any more."""
-        while len(self._pending) or self._streams:
+        while len(self._pending) or len(self._streams):
             await self._until_idle()
 
     async def _until_idle(self) -> None:
@@ -263,13 +267,7 @@ class Deciding(Generic[T]):
 
     def abort_streams(self) -> None:
         """Abort every stream that is open."""
-        for stream in self.streams():
-            (stream._attachment or stream).abort()
-
-    def streams(self) -> list[Stream]:
-        """Return the streams that are open, and those whose transports are."""
-        found = [each() for each in self._streams.values()]
-        return [stream for stream in found if stream is not None]
+        self._streams.abort()
 
     def undecided(self) -> tuple[PendingTransport, ...]:
         """See `Listener.pending`."""
@@ -277,6 +275,10 @@ class Deciding(Generic[T]):
         if fresh is None or fresh._kept or fresh._status is not Status.QUEUED:
             return self._pending.undecided()
         return (*self._pending.undecided(), fresh)
+
+    def streams(self) -> tuple[Stream, ...]:
+        """Return the streams that are open, and those whose transports are."""
+        return self._streams.streams
 
     @property
     def open_streams(self) -> int:
@@ -369,7 +371,7 @@ class Deciding(Generic[T]):
             self._drop_hints(pending)
         self._ledger.offers += 1
         pending.callback_data = callback_data
-        pending.group = pending._callee_data = None
+        pending.group = pending._callee_data = pending._sqos = None
         if condition is None:
             return _ACCEPT
         pending._offered = True
@@ -482,10 +484,9 @@ class Deciding(Generic[T]):
         self._ledger.settle(pending, Status.REJECTED, reason)
 
     def _accept(self, pending: PendingTransport, accept: Accept, *, deliver: bool) -> object:
-        if pending.group is not None:
+        if pending.group is not None and self.groups.find(pending.group) is None:
             self.undo(pending)
-            reason = f"the listener has no group {pending.group!r}"
-            raise InvalidGroupError(reason, pending.caller_id)
+            raise _no_group(pending)
         admission = self._gate.admit(pending._arrival)
         pending._offered = False
         if self.capacity.limited:
@@ -638,6 +639,10 @@ class Deciding(Generic[T]):
                 self.wake(pending)
                 return
 
+    def group_qos(self, name: object) -> FlowSpec | None:
+        """See `PendingTransport.gqos`."""
+        return self.groups.qos(name)
+
     # -- deciding by handle
 
     def decide(self, pending: PendingTransport, verdict: AnyVerdict) -> None:
@@ -702,10 +707,17 @@ class Deciding(Generic[T]):
     def _deliver(self, pending: PendingTransport, sock: OwnedSocket) -> tuple[Stream, object]:
         """Make the stream of an accepted connection; also return what becomes of it."""
         pending._taker = _IN_HAND
-        self._serial += 1
-        sock.own(partial(self._over, self._serial, pending._release_holds()), self._forgotten)
+        serial = self._serial = self._serial + 1
+        group = None if pending.group is None else self.groups.find(pending.group)
+        holds = pending._release_holds()
+        if group is not None:
+            # First, so that what is released can count on the place in the group.
+            holds = [partial(group._discard, serial), *holds]
+        sock.own(partial(self._over, serial, holds), self._forgotten)
         if self.options:
             inherit_options(sock, self.options)
+        if pending._sqos is not None or pending.group is not None:
+            self._apply_qos(pending, sock, group)
         try:
             stream = Stream(
                 sock, self._loop, self._watch, pending.caller_id, self._signals.subscriptions
@@ -717,7 +729,9 @@ class Deciding(Generic[T]):
             raise
         stream.state = pending.state
         stream._started = pending._started
-        self._streams[self._serial] = weakref.ref(stream)
+        self._streams._add(serial, stream)
+        if group is not None:
+            group._add(serial, stream)
         if pending._callee_data:
             try:
                 stream.write(bytes(pending._callee_data))
@@ -735,6 +749,25 @@ class Deciding(Generic[T]):
         self._to(pending, Status.ACCEPTED)
         self._ledger.settle(pending, Status.ACCEPTED, pending._reason)
         return stream, result
+
+    def _apply_qos(
+        self, pending: PendingTransport, sock: OwnedSocket, group: StreamGroup | None
+    ) -> None:
+        """Apply the flow spec that the condition asked for, or else its group's."""
+        try:
+            if group is None and pending.group is not None:
+                # Named between the verdict and the end of a slow admission.
+                raise _no_group(pending)
+            flow = None if pending._sqos is None else pending._sqos.sending
+            if flow is None and group is not None:
+                flow = group.qos
+            if flow is not None:
+                apply_flow(sock, flow, pending.ip)
+        except AcceptError as error:
+            error.caller_id = pending.caller_id
+            self._fail(pending, error.reason)
+            reset(sock)
+            raise
 
     def _fail(self, pending: PendingTransport, reason: str) -> None:
         self._to(pending, Status.FAILED)
@@ -758,7 +791,7 @@ class Deciding(Generic[T]):
             # Collected as garbage, wherever the collector ran: releases are for this thread.
             self._loop.call_soon_threadsafe(self._over, serial, holds)
             return
-        self._streams.pop(serial, None)
+        self._streams._discard(serial)
         if holds:
             self._ledger.release(holds)
         self._freed()
@@ -1034,6 +1067,10 @@ def current_task() -> asyncio.Task[Any] | None:
         return asyncio.current_task()
     except RuntimeError:
         return None
+
+
+def _no_group(pending: PendingTransport) -> InvalidGroupError:
+    return InvalidGroupError(f"the listener has no group {pending.group!r}", pending.caller_id)
 
 
 def closed_error(pending: PendingTransport | None = None) -> ListenerClosedError:

@@ -33,12 +33,14 @@ from condaccept.exceptions import ListenerClosedError
 from condaccept.gates import Gate, HandshakeGate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from types import TracebackType
 
     from condaccept._deciding import OnEof, OnFull
     from condaccept._exhaustion import Episode, OnExhausted
+    from condaccept._group import StreamGroup
     from condaccept._pending import Address
+    from condaccept._qos import FlowSpec
     from condaccept._serving import Handler
     from condaccept._stream import Stream
 
@@ -216,6 +218,8 @@ class Listener(Generic[T]):
                 its place, undecided; so with the next two.
             InvalidGroupError: *condition* named a group the listener does not have.
             CalleeDataError: The callee data of a `Reject` is over the capacity.
+            QualityOfServiceError: The verdict was ACCEPT, and the flow spec of the
+                connection or of its group could not be applied; the connection is reset.
             AcceptInterruptedError: `cancel_accept()` ended the wait.
             AcceptInProgressError: The call came from a condition of this listener.
             ConditionNotCallableError: *condition* cannot be called.
@@ -414,6 +418,37 @@ class Listener(Generic[T]):
     def on_outcome(self, callback: Callable[[Outcome], object]) -> None:
         """Have ``callback(outcome)`` called once for every connection, soon after its end."""
         self._ledger.on_outcome(callback)
+
+    # -- groups
+
+    def group(self, name: str, *, qos: FlowSpec | None = None) -> StreamGroup:
+        """Return the group of that name; make it, if it is the first time.
+
+        A condition puts the stream of its ACCEPT into it by ``pending.group = name``.
+        A group lasts as long as the listener; there is no limit to their number.
+
+        Args:
+            name: Anything but the empty string.
+            qos: Applied to what is sent on each connection of the group, unless the
+                condition asks for something else. ``None``: nothing; or, for a group that
+                is there already, what it has.
+
+        Raises:
+            QualityOfServiceError: All sockets are Unix sockets, which have no quality of
+                service; no group was made.
+            ListenerClosedError: The listener is closed.
+            ValueError: *name* is empty, or there is such a group with another *qos*.
+            TypeError: *name* is not text, or *qos* not a `FlowSpec`.
+
+        Source: the parameters g and lpGQOS of WSPAccept.
+        """
+        self._check_open()
+        return self._deciding.groups.open(name, qos)
+
+    @property
+    def groups(self) -> Mapping[str, StreamGroup]:
+        """The groups by name, as of whenever it is looked at; cannot be changed."""
+        return self._deciding.groups.mapping
 
     # -- options and facts
 
@@ -727,7 +762,8 @@ async def listen(
         family: ``AF_INET`` or ``AF_INET6`` to use only these addresses of *host*.
         backlog: How many finished connections the kernel queues.
         options: Socket options, ``(level, name, value)`` each, set before listen(2);
-            accepted connections inherit them. TCP_NODELAY is set beforehand.
+            accepted connections inherit them. TCP_NODELAY is set beforehand, and, on
+            Linux, TCP_SAVE_SYN, which `PendingTransport.syn` is read from.
         reuse_port: Share the port with other sockets (SO_REUSEPORT).
         defer_accept: Seconds for which the kernel keeps a connection back until its
             caller has sent something (TCP_DEFER_ACCEPT); ``None``: it does not.

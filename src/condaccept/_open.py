@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from condaccept._sockets import Option, apply_options, inherit_reset, linger
+from condaccept._sockets import Option, apply_options, inherit_reset, linger, save_syn
 
 if TYPE_CHECKING:
     import asyncio
@@ -130,6 +130,7 @@ def _bind_all(
         if family == socket.AF_INET6:
             # Each family has its own socket: without this the second bind fails.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        save_syn(sock)
         apply_options(sock, options)
         to = address
         if number is not None and address[1] == 0:

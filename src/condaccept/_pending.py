@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol, TypeAlias
 
 import attrs
 
+from condaccept._qos import ECN, QOS, FlowSpec, Syn, parse_syn
 from condaccept._verdict import PEEK_LIMIT, AnyVerdict, Defer
 from condaccept.exceptions import CalleeDataError
 
@@ -117,6 +118,13 @@ class Arrival(Protocol):
     """Whether the other end is worth a look: set when it was taken."""
 
     @property
+    def has_qos(self) -> bool:
+        """Whether a flow spec can be applied to this kind of connection."""
+
+    def syn(self) -> bytes:
+        """Return the headers of the SYN, each time the same; ``b""`` if they are unknown."""
+
+    @property
     def capacity(self) -> int:
         """How many bytes of callee data this kind of connection can carry."""
 
@@ -150,6 +158,9 @@ class Owner(Protocol):
 
     def wake(self, pending: PendingTransport) -> bool:
         """See `PendingTransport.reconsider()`."""
+
+    def group_qos(self, name: object) -> FlowSpec | None:
+        """See `PendingTransport.gqos`."""
 
 
 class CalleeData:
@@ -209,8 +220,8 @@ class PendingTransport:
     Attributes:
         callback_data: What the caller of `accept()` passed along, untouched.
         state: Anything; becomes `Stream.state`. How a condition tells what it learned.
-        group: The name of a stream group of the listener, or ``None``, as at the
-            beginning of each offer.
+        group: The name of a stream group of the listener that the stream of an ACCEPT is
+            to be in, or ``None``, as at the beginning of each offer.
         deferrals: How often it has been deferred.
         timed_out: Whether the wait of ``Defer(until_bytes=…, within=…)`` is over and the
             bytes have not come.
@@ -239,6 +250,7 @@ class PendingTransport:
         "_resume",
         "_settled",
         "_socket",
+        "_sqos",
         "_started",
         "_status",
         "_taken",
@@ -251,9 +263,7 @@ class PendingTransport:
         "timed_out",
     )
 
-    def __init__(
-        self, arrival: Arrival, clock: Callable[[], float], owner: Owner | None = None
-    ) -> None:
+    def __init__(self, arrival: Arrival, clock: Callable[[], float], owner: Owner) -> None:
         self._arrival = arrival
         self._clock = clock
         self._owner = owner
@@ -273,6 +283,7 @@ class PendingTransport:
         self._by_free = False  # due because a place was given back, which it has to use
         self._frees: int | None = None  # places given back before the decision began
         self._callee_data: CalleeData | None = None
+        self._sqos: QOS | None = None
         self._holds: list[Release] | None = None
         self._settled: list[Callable[[Any], object]] | None = None
         self._socket: Any = None
@@ -337,6 +348,52 @@ class PendingTransport:
     @callee_data.setter
     def callee_data(self, data: bytes | bytearray | memoryview) -> None:
         self.callee_data.set(data)
+
+    @property
+    def sqos(self) -> QOS | None:
+        """The quality of service of this connection; ``None`` where there is none, for Unix.
+
+        Its ``receiving`` is what the caller's SYN asked for. A `FlowSpec` assigned to its
+        ``sending`` is applied on ACCEPT, before anybody sees the stream, in place of the
+        one of the group, and read back; if that fails, the connection is reset and the
+        accept call raises `QualityOfServiceError`. Parts that are ``None`` stay as the
+        listener's socket options have them. It belongs to one offer: at the next one
+        ``sending`` is ``None`` again.
+
+        Raises:
+            OSError: Asked for the first time when the connection is not pending any more.
+
+        Source: lpSQOS of WSPAccept; socket(7), SO_MAX_PACING_RATE; ip(7), IP_TOS; RFC 3542,
+        6.5, for IPV6_TCLASS.
+        """
+        if self._sqos is None and self._arrival.has_qos:
+            syn = self.syn
+            service_type = None if syn is None else syn.traffic_class & ~ECN
+            self._sqos = QOS(receiving=FlowSpec(service_type=service_type))
+        return self._sqos
+
+    @property
+    def gqos(self) -> FlowSpec | None:
+        """The flow spec of the group that `group` names; ``None`` if there is none.
+
+        Source: lpGQOS of WSPAccept.
+        """
+        return self._owner.group_qos(self.group)
+
+    @property
+    def syn(self) -> Syn | None:
+        """What the segment that opened the connection said; ``None`` if that is unknown.
+
+        Linux keeps it for the sockets of `listen()`, and for others with TCP_SAVE_SYN
+        among their options; not for Unix sockets, nor for a connection made by a SYN
+        cookie, when the kernel was flooded.
+
+        Raises:
+            OSError: Asked for the first time when the connection is not pending any more.
+
+        Source: tcp(7), TCP_SAVE_SYN and TCP_SAVED_SYN.
+        """
+        return parse_syn(self._arrival.syn())
 
     @property
     def age(self) -> float:
@@ -416,7 +473,7 @@ class PendingTransport:
         False if it has found its end. Under decision already: asked again if the verdict
         is DEFER.
         """
-        return self._owner is not None and self._owner.wake(self)
+        return self._owner.wake(self)
 
     def decide(self, verdict: AnyVerdict) -> None:
         """Give the verdict now, as if the condition had said so; out of order.
@@ -431,7 +488,7 @@ class PendingTransport:
             InvalidVerdictError, InvalidGroupError, CalleeDataError: As for a condition; it
                 keeps its place, undecided.
         """
-        self._owned().decide(self, verdict)
+        self._owner.decide(self, verdict)
 
     async def take(self) -> Any:
         """Accept it and return its stream, or what ``stream_factory`` makes of that.
@@ -442,13 +499,7 @@ class PendingTransport:
         Cancellation:
             Accepted all the same: the stream goes to whoever takes the listener's streams.
         """
-        return await self._owned().hand_out(self)
-
-    def _owned(self) -> Owner:
-        if self._owner is None:
-            message = "no listener knows this pending transport: it was made for a test"
-            raise RuntimeError(message)
-        return self._owner
+        return await self._owner.hand_out(self)
 
     def _move(self, status: Status) -> None:
         """Make one transition of the table, or raise and change nothing."""

@@ -11,10 +11,13 @@ import resource
 import select
 import socket
 import struct
+import sys
 import warnings
+from ipaddress import IPv6Address
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from condaccept._pending import Credentials, Peer
+from condaccept._qos import FlowSpec
 from condaccept.exceptions import (
     AcceptError,
     BuffersExhaustedError,
@@ -24,10 +27,12 @@ from condaccept.exceptions import (
     NotListeningError,
     NotStreamSocketError,
     PendingResetError,
+    QualityOfServiceError,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from ipaddress import IPv4Address
 
     from condaccept._pending import Address, Release
 
@@ -36,6 +41,7 @@ __all__ = (
     "Option",
     "OwnedSocket",
     "RawSocket",
+    "apply_flow",
     "apply_options",
     "backlog",
     "check_listening",
@@ -47,9 +53,12 @@ __all__ = (
     "inherit_options",
     "inherit_reset",
     "linger",
+    "no_qos",
     "peer",
     "raw_accept",
     "reset",
+    "save_syn",
+    "saved_syn",
     "set_linger",
 )
 
@@ -63,6 +72,13 @@ LINGER_RESET: Final = struct.pack("ii", 1, 0)
 _TCP_CLOSE: Final = 7
 _TCP_CLOSE_WAIT: Final = 8
 _TCP_INFO: Final[int | None] = getattr(socket, "TCP_INFO", None)
+# Python's socket module has none of them before 3.13, and not the last one there either;
+# elsewhere than on Linux the numbers mean something else.
+_TCP_SAVE_SYN, _TCP_SAVED_SYN, _SO_MAX_PACING_RATE = 27, 28, 47
+_LINUX: Final = sys.platform == "linux"
+_SYN_ROOM: Final = 1024
+"""Bytes; the most getsockopt() of Python has room for. Two headers have up to 120, and
+what stands between them in IPv6 is not bounded otherwise."""
 _POLLRDHUP: Final[int] = getattr(select, "POLLRDHUP", 0)
 
 # accept(2), "Error handling": errors already pending on the new connection, which a
@@ -354,6 +370,82 @@ def backlog(sock: socket.socket) -> tuple[int, int] | None:
     info = sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 32)
     depth, limit = struct.unpack_from("II", info, 24)
     return depth, limit
+
+
+def save_syn(sock: socket.socket) -> None:
+    """Have the kernel keep the SYN of each connection, for `saved_syn()`; if it can.
+
+    Before listen(2). It costs an allocation of some hundred bytes for each connection,
+    which lasts as long as the connection unless the SYN is read: with and without it
+    ``make bench`` shows no difference above its noise.
+    """
+    if _LINUX:
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, _TCP_SAVE_SYN, 1)
+        except OSError:
+            # A sandbox that is not quite Linux: then it is not known.
+            return
+
+
+def saved_syn(sock: RawSocket) -> bytes:
+    """Return the IP and TCP headers of the SYN of a connection, once; ``b""``: unknown.
+
+    Source: tcp(7), TCP_SAVED_SYN.
+    """
+    if not _LINUX:
+        return b""
+    try:
+        return sock.getsockopt(socket.IPPROTO_TCP, _TCP_SAVED_SYN, _SYN_ROOM)
+    except OSError:
+        # An unknown option; or headers of more than that, which only a caller sends who
+        # means it.
+        return b""
+
+
+def apply_flow(sock: RawSocket, flow: FlowSpec, ip: IPv4Address | IPv6Address | None) -> None:
+    """Apply *flow* to what *sock* sends to *ip*, and check that it is so.
+
+    Raises:
+        QualityOfServiceError: A part cannot be applied; what was, stays.
+
+    Source: socket(7), SO_MAX_PACING_RATE; ip(7), IP_TOS; RFC 3542, 6.5.
+    """
+    if sock.family == socket.AF_UNIX:
+        # It takes SO_MAX_PACING_RATE without a word, and paces nothing.
+        raise no_qos(f"a Unix socket has no quality of service: {flow!r}", flow)
+    if flow.token_rate is not None:
+        part = FlowSpec(token_rate=flow.token_rate)
+        if not _LINUX:
+            raise no_qos(f"this system cannot pace what it sends: {part!r}", part)
+        # In the form of four bytes, 2**32 - 1 would mean no limit.
+        _apply(sock, part, (socket.SOL_SOCKET, _SO_MAX_PACING_RATE), flow.token_rate, "@Q")
+    if flow.service_type is not None:
+        part = FlowSpec(service_type=flow.service_type)
+        option = socket.IPPROTO_IP, socket.IP_TOS
+        # An IPv6 socket takes either. With an IPv4 caller IPV6_TCLASS does nothing, and
+        # with an IPv6 caller IP_TOS does nothing.
+        if isinstance(ip, IPv6Address):
+            option = socket.IPPROTO_IPV6, socket.IPV6_TCLASS
+        _apply(sock, part, option, flow.service_type, "@i")
+
+
+def _apply(sock: RawSocket, part: FlowSpec, option: tuple[int, int], value: int, form: str) -> None:
+    try:
+        sock.setsockopt(*option, struct.pack(form, value))
+        found = sock.getsockopt(*option, struct.calcsize(form))
+    except OSError as error:
+        raise no_qos(f"{part!r} cannot be applied: {error.strerror}", part) from error
+    now = int.from_bytes(found, sys.byteorder)
+    if now != value:
+        # Linux before 4.20 keeps four bytes of a rate.
+        raise no_qos(f"{part!r} cannot be applied: the kernel made {now} of it", part)
+
+
+def no_qos(reason: str, flow: FlowSpec) -> QualityOfServiceError:
+    """Return the error that says of *flow* that it cannot be applied."""
+    error = QualityOfServiceError(reason)
+    error.flow = flow
+    return error
 
 
 def apply_options(sock: RawSocket, options: Iterable[Option]) -> None:

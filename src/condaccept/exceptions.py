@@ -8,6 +8,7 @@ people would catch for the same trouble elsewhere::
     |-- ConnectionDeferredError     WSATRY_AGAIN       EAGAIN        BlockingIOError
     |-- PendingResetError           WSAECONNRESET      ECONNRESET    ConnectionResetError
     |-- PendingExpiredError         WSAEACCES          EACCES        PermissionError
+    |-- QualityOfServiceError       WSAEOPNOTSUPP      EOPNOTSUPP
     |-- NoPendingError              WSAEWOULDBLOCK     EWOULDBLOCK   BlockingIOError
     |-- AcceptInterruptedError      WSAEINTR           EINTR         InterruptedError
     |-- AcceptInProgressError       WSAEINPROGRESS     EINPROGRESS   RuntimeError
@@ -23,11 +24,12 @@ people would catch for the same trouble elsewhere::
     |-- NotASocketError             WSAENOTSOCK        ENOTSOCK
     `-- NotStreamSocketError        WSAEOPNOTSUPP      EOPNOTSUPP
 
-The first four are about one connection and carry its address. The two exhaustions and
+The first five are about one connection and carry its address. The two exhaustions and
 `NetworkDownError` pass: back off and call again. The others are about the call or the
 listener.
 
-Source: the error table of WSPAccept; errno(3); accept(2).
+Source: the error table of WSPAccept, and WSPConnect's for a quality of service that
+cannot be met; errno(3); accept(2).
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ import errno
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
+    from condaccept._qos import FlowSpec
     from condaccept._verdict import Defer
 
 __all__ = (
@@ -58,6 +61,7 @@ __all__ = (
     "NotStreamSocketError",
     "PendingExpiredError",
     "PendingResetError",
+    "QualityOfServiceError",
 )
 
 
@@ -121,6 +125,21 @@ class PendingExpiredError(AcceptError, PermissionError):
 
     code = errno.EACCES
     winsock = "WSAEACCES"
+
+
+class QualityOfServiceError(AcceptError):
+    """A flow spec could not be applied; the connection was accepted, and is reset.
+
+    For a group, which is for later connections, there is no caller, and no group was made.
+
+    Attributes:
+        flow: The part of the flow spec that could not be applied. The error of the kernel,
+            if it was asked, is the cause.
+    """
+
+    code = errno.EOPNOTSUPP
+    winsock = "WSAEOPNOTSUPP"
+    flow: FlowSpec
 
 
 class NoPendingError(AcceptError, BlockingIOError):

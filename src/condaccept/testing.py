@@ -16,15 +16,18 @@ import attrs
 
 from condaccept._listener import Listener
 from condaccept._pending import Address, Credentials, Peer, PendingTransport
+from condaccept._verdict import Verdict
 from condaccept.gates._connected import ConnectedGate
 from condaccept.gates._connection import CALLEE_DATA_CAPACITY, Connection, Kind
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
+    from condaccept._qos import FlowSpec
     from condaccept._sockets import Option, OwnedSocket
     from condaccept._stream import Stream
+    from condaccept._verdict import AnyVerdict
     from condaccept._watch import Watch
 
 __all__ = ("MemoryGate", "ScriptedSocket", "memory_listener", "pending_transport")
@@ -44,7 +47,15 @@ class _FakeArrival:
     who: Credentials | None
     other_end: Peer
     info: dict[str, Any]
+    headers: bytes
     hangup: bool = True
+
+    @property
+    def has_qos(self) -> bool:
+        return isinstance(self.caller_id, tuple)
+
+    def syn(self) -> bytes:
+        return self.headers
 
     def callee_id(self) -> Address:
         return self.callee
@@ -67,6 +78,24 @@ class _FakeArrival:
         return known.get(name, default)
 
 
+@attrs.define
+class _FakeOwner:
+    groups: dict[Any, FlowSpec | None]
+
+    def decide(self, pending: PendingTransport, _verdict: AnyVerdict) -> None:
+        message = f"no listener knows {pending!r}: it was made by hand"
+        raise RuntimeError(message)
+
+    async def hand_out(self, pending: PendingTransport) -> Any:
+        self.decide(pending, Verdict.ACCEPT)
+
+    def wake(self, _pending: PendingTransport) -> bool:
+        return False
+
+    def group_qos(self, name: object) -> FlowSpec | None:
+        return self.groups.get(name)
+
+
 def pending_transport(
     caller_id: Address = _CALLER,
     *,
@@ -77,11 +106,15 @@ def pending_transport(
     credentials: Credentials | None = None,
     peer_closed: bool = False,
     extra_info: dict[str, Any] | None = None,
+    syn: bytes = b"",
+    groups: Mapping[Any, FlowSpec | None] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> PendingTransport:
     """Return a pending transport that no listener knows, to call a condition with.
 
     An offer of it is under way, so `hold()` can be called; nothing is ever released.
+    *syn* is what TCP_SAVED_SYN would give: the IP and the TCP header of a SYN. *groups* are
+    the flow specs that groups of the listener would have, by name.
     """
     arrival = _FakeArrival(
         caller_id,
@@ -91,8 +124,9 @@ def pending_transport(
         credentials,
         Peer.SHUT if peer_closed else Peer.THERE,
         extra_info or {},
+        syn,
     )
-    pending = PendingTransport(arrival, clock)
+    pending = PendingTransport(arrival, clock, _FakeOwner(dict(groups or {})))
     pending.callback_data = callback_data
     pending._offered = True
     return pending

@@ -9,7 +9,15 @@ from asyncio.trsock import TransportSocket
 from typing import TYPE_CHECKING, Any, Final
 
 from condaccept._pending import Peer
-from condaccept._sockets import OwnedSocket, RawSocket, credentials, peer, reset, set_linger
+from condaccept._sockets import (
+    OwnedSocket,
+    RawSocket,
+    credentials,
+    peer,
+    reset,
+    saved_syn,
+    set_linger,
+)
 
 if TYPE_CHECKING:
     from condaccept._pending import Address, Credentials
@@ -52,7 +60,7 @@ class Connection:
     socket object.
     """
 
-    __slots__ = ("_kind", "_sock", "caller_id", "fd", "hangup", "marked", "watched")
+    __slots__ = ("_kind", "_sock", "_syn", "caller_id", "fd", "hangup", "marked", "watched")
 
     capacity = CALLEE_DATA_CAPACITY
 
@@ -64,6 +72,7 @@ class Connection:
         self.marked = False
         self._kind = kind
         self._sock: RawSocket | None = None
+        self._syn: bytes | None = None
 
     @property
     def sock(self) -> RawSocket:
@@ -75,6 +84,16 @@ class Connection:
         if self._sock is None:
             self._sock = RawSocket(*self._kind.arguments, self.fd)
         return self._sock
+
+    @property
+    def has_qos(self) -> bool:
+        return self._kind.tcp
+
+    def syn(self) -> bytes:
+        if self._syn is None:
+            # The kernel gives it out once.
+            self._syn = saved_syn(self.sock) if self._kind.tcp else b""
+        return self._syn
 
     def callee_id(self) -> Address:
         return self.sock.getsockname()
