@@ -13,68 +13,38 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ipaddress
+import socket
 from typing import TYPE_CHECKING
 
 import condaccept
-from condaccept import (
-    ACCEPT,
-    AnyVerdict,
-    Defer,
-    Listener,
-    Outcome,
-    PendingTransport,
-    Reject,
-    Stream,
-)
+from condaccept import ACCEPT, AnyVerdict, Defer, Outcome, PendingTransport, Reject, Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Collection
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
-CALLERS = (
-    condaccept.ConnectionRejectedError,
-    condaccept.PendingResetError,
-    condaccept.PendingExpiredError,
-    condaccept.NetworkDownError,
-)
-"""What accept() raises about one caller; the next call goes on to the next."""
+class Gate:
+    """The condition: a deny list, and a limited number of places."""
 
+    def __init__(self, limit: int, deny: Collection[Address]) -> None:
+        self._free = limit
+        self._deny = deny
 
-class Places:
-    """A limited number of places."""
-
-    def __init__(self, limit: int) -> None:
-        self.free = limit
-        self._given_back = asyncio.Event()
-
-    def give_back(self) -> None:
-        """Note that a connection is over."""
-        self.free += 1
-        self._given_back.set()
-
-    async def until_free(self) -> None:
-        """Wait until there is a free place."""
-        while self.free < 1:
-            self._given_back.clear()
-            await self._given_back.wait()
-
-
-def gate(places: Places, deny: Collection[Address]) -> Callable[[PendingTransport], AnyVerdict]:
-    """Return the condition."""
-
-    def condition(pending: PendingTransport) -> AnyVerdict:
-        if pending.ip in deny:
+    def __call__(self, pending: PendingTransport) -> AnyVerdict:
+        """Say who may come in."""
+        if pending.ip in self._deny:
             return Reject("on the deny list")
-        if places.free < 1:
+        if self._free < 1:
             return Defer(until_free=True, reason="all places are taken")
-        places.free -= 1
+        self._free -= 1
         # Given back when the connection is over, whoever ends it and however.
-        pending.hold(places.give_back)
+        pending.hold(self._give_back)
         return ACCEPT
 
-    return condition
+    def _give_back(self) -> None:
+        self._free += 1
 
 
 async def echo(stream: Stream) -> None:
@@ -84,47 +54,22 @@ async def echo(stream: Stream) -> None:
             await stream.send(data)
     except OSError:
         return  # the caller has left
-    finally:
-        stream.close()
-
-
-async def serve(
-    listener: Listener[Stream],
-    places: Places,
-    deny: Collection[Address],
-    deferred: Callable[[str, int], None],
-) -> None:
-    """Accept until the listener is closed; a task for each stream."""
-    condition = gate(places, deny)
-    async with asyncio.TaskGroup() as echoes:
-        while True:
-            try:
-                stream = await listener.accept(condition)
-            except condaccept.ConnectionDeferredError as error:
-                # The next call would offer the same connection again: wait until it helps.
-                deferred(error.reason, error.caller_id[1])
-                await places.until_free()
-            except condaccept.ListenerClosedError:
-                return
-            except (condaccept.DescriptorsExhaustedError, condaccept.BuffersExhaustedError):
-                await asyncio.sleep(0.1)
-            except CALLERS:
-                continue
-            else:
-                echoes.create_task(echo(stream))
 
 
 async def main(host: str, port: int, limit: int, deny: Collection[Address]) -> None:
     """Serve until cancelled: Ctrl-C does that."""
+    gate = Gate(limit, deny)
+
+    def condition(pending: PendingTransport) -> AnyVerdict:
+        verdict = gate(pending)
+        if isinstance(verdict, Defer):
+            print(f"{pending.caller_id}: {verdict.reason}", flush=True)
+        return verdict
+
     async with await condaccept.listen(host, port) as listener:
         listener.on_outcome(lambda outcome: print(f"{outcome.caller_id}: {outcome.reason}"))
         print(f"echo gate on {listener.sockname}, {limit} places; Ctrl-C ends it")
-        await serve(
-            listener,
-            Places(limit),
-            deny,
-            lambda reason, port: print(f"port {port}: {reason}"),
-        )
+        await listener.serve(echo, condition)
 
 
 DENIED = ipaddress.ip_address("127.0.0.2")
@@ -140,12 +85,18 @@ async def demo() -> int:
         told = each.verdict.name if each.verdict else each.status.name
         server.setdefault(each.caller_id[1], []).append(f"{told}: {each.reason}")
 
-    def deferred(reason: str, port: int) -> None:
-        server.setdefault(port, []).append(f"DEFER: {reason}")
-        waiting.set()
+    def condition(pending: PendingTransport) -> AnyVerdict:
+        verdict = gate(pending)
+        if isinstance(verdict, Defer):
+            server.setdefault(pending.caller_id[1], []).append(f"DEFER: {verdict.reason}")
+            waiting.set()
+        return verdict
 
     async def dial(name: str, source: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        reader, writer = await asyncio.open_connection(*listener.sockname, local_addr=(source, 0))
+        # At once, since the server is in the same loop, and quick: a loop's own connect would
+        # see the rejection first.
+        sock = socket.create_connection(listener.sockname, source_address=(source, 0))
+        reader, writer = await asyncio.open_connection(sock=sock)
         ports[name] = writer.get_extra_info("sockname")[1]
         client[name].append("connected")
         writer.write(f"hello from {name}\n".encode())
@@ -157,10 +108,11 @@ async def demo() -> int:
         except ConnectionResetError:
             client[name].append("reset by the server")
 
+    gate = Gate(1, {DENIED})
     waiting = asyncio.Event()
     async with await condaccept.listen("127.0.0.1", 0) as listener:
         listener.on_outcome(outcome)
-        serving = asyncio.create_task(serve(listener, Places(1), {DENIED}, deferred))
+        serving = asyncio.create_task(listener.serve(echo, condition))
 
         reader, writer = await dial("first", "127.0.0.1")
         await hear("first", reader)
