@@ -34,6 +34,7 @@ ROOMS = [
     "_sockets",
     "_watch",
     "gates",
+    "_delivery",
     "_channel",
     "_stream",
     "_deciding",

@@ -19,6 +19,7 @@ The model is Winsock's WSPAccept. Start reading at `Listener.accept()`.
 
 from __future__ import annotations
 
+from condaccept._delivery import EventRecord as EventRecord
 from condaccept._events import Event as Event
 from condaccept._events import EventCallback as EventCallback
 from condaccept._events import Outcome as Outcome
@@ -82,6 +83,7 @@ __all__ = (
     "DescriptorsExhaustedError",
     "Event",
     "EventCallback",
+    "EventRecord",
     "InvalidGroupError",
     "InvalidVerdictError",
     "Listener",

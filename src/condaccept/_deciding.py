@@ -14,6 +14,7 @@ import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar, cast
 
+from condaccept._delivery import current_task
 from condaccept._pending import Condition, Peer, PendingDeque, PendingTransport, Status
 from condaccept._sockets import OwnedSocket, inherit_options, reset
 from condaccept._stream import Stream
@@ -33,6 +34,7 @@ from condaccept.exceptions import (
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
+    from condaccept._delivery import Delivery
     from condaccept._events import Signals
     from condaccept._ledger import Ledger
     from condaccept._pending import Arrival, Release
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from condaccept._watch import Watch
     from condaccept.gates._gate import Gate
 
-__all__ = ("LOSSES", "TO_COME", "TO_OFFER", "Deciding", "OnEof", "closed_error", "current_task")
+__all__ = ("LOSSES", "TO_COME", "TO_OFFER", "Deciding", "OnEof", "closed_error")
 
 T = TypeVar("T")
 
@@ -90,6 +92,7 @@ class Deciding(Generic[T]):
         pending: PendingDeque,
         ledger: Ledger,
         signals: Signals,
+        delivery: Delivery,
         stream_factory: Callable[[Stream], T] | None,
         on_eof: OnEof,
         became_due: Callable[[], object],
@@ -101,6 +104,7 @@ class Deciding(Generic[T]):
         self._pending = pending
         self._ledger = ledger
         self._signals = signals
+        self._delivery = delivery
         self._stream_factory = stream_factory
         self._withdraw = on_eof == "withdraw"
         self._became_due = became_due
@@ -137,6 +141,7 @@ class Deciding(Generic[T]):
         self._gate.close()
         self._watch.release()
         self._decider_left()
+        self._delivery.look_over()
 
     async def wait_closed(self) -> None:
         """Wait until no decision is under way after `close()`, but for the caller's own."""
@@ -162,6 +167,10 @@ class Deciding(Generic[T]):
         if fresh is None or fresh._kept or fresh._status is not Status.QUEUED:
             return self._pending.undecided()
         return (*self._pending.undecided(), fresh)
+
+    def is_over(self) -> bool:
+        """Whether nothing can happen any more: closed, and no accepted connection is open."""
+        return self.closed and not self._streams and not self.deciders
 
     @property
     def open_streams(self) -> int:
@@ -382,7 +391,12 @@ class Deciding(Generic[T]):
             inherit_options(sock, self.options)
         try:
             stream = Stream(
-                sock, self._loop, self._watch, pending.caller_id, self._signals.subscriptions
+                sock,
+                self._loop,
+                self._watch,
+                self._delivery,
+                pending.caller_id,
+                inherited=self._signals.subscriptions,
             )
         except OSError as error:
             # The watch has no room for it.
@@ -434,6 +448,8 @@ class Deciding(Generic[T]):
         self._streams.pop(serial, None)
         if holds:
             self._ledger.release(holds)
+        if self.closed:
+            self._delivery.look_over()
 
     def unasked(self, pending: PendingTransport) -> object:
         """Act on what needs no condition: a loss to report, a connection that is ready."""
@@ -545,6 +561,8 @@ class Deciding(Generic[T]):
     def done_with_fresh(self) -> None:
         """Note that the call which took a connection has nothing in its hands any more."""
         self._fresh = None
+        if self.closed:
+            self._delivery.look_over()
 
     def _decider_left(self) -> None:
         if self.closed:
@@ -552,14 +570,6 @@ class Deciding(Generic[T]):
             for waiter in idle:
                 if not waiter.done() and not self._loop.is_closed():
                     waiter.set_result(None)
-
-
-def current_task() -> asyncio.Task[Any] | None:
-    """Return the running task; ``None`` in a callback, or where no loop runs."""
-    try:
-        return asyncio.current_task()
-    except RuntimeError:
-        return None
 
 
 def closed_error(pending: PendingTransport | None = None) -> ListenerClosedError:
