@@ -38,6 +38,7 @@ ROOMS = [
     "_watch",
     "gates",
     "_transports",
+    "_delivery",
     "_channel",
     "_stream",
     "_group",

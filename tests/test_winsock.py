@@ -205,7 +205,7 @@ class Log:
         return [event for each, event, _ in self.told if each is source]
 
 
-ANY_EVENT = Event.PENDING | Event.READ | Event.WRITE | Event.CLOSE
+ANY_EVENT = Event.PENDING | Event.READ | Event.WRITE | Event.CLOSE | Event.OOB
 
 
 def test_every_scenario_is_here() -> None:
@@ -1822,6 +1822,31 @@ async def test_e1_events_inherited(listener: Listener[Stream], dial: Dial, take:
 
 
 @either
+async def test_e1_event_object(listener: Listener[Stream], dial: Dial, take: Take) -> None:
+    """The same by an event object, which a stream inherits: it is read and cleared at once."""
+    record = listener.watch(ANY_EVENT)
+    client = dial(listener)
+    assert await record.wait() == [(listener, Event.PENDING, None)]
+    assert record.read() == []
+    stream = await take(listener, accept)
+    late = listener.watch(ANY_EVENT)
+    assert record.read() == [(stream, Event.WRITE, None)]
+
+    client.sendall(b"hello")
+    assert await record.wait() == [(stream, Event.READ, None)]
+    assert await stream.read(10) == b"hello"
+    client.send(b"!", socket.MSG_OOB)
+    assert await record.wait() == [(stream, Event.OOB, None)]
+    assert stream.read_oob() == b"!"
+    client.close()
+    assert await record.wait() == [(stream, Event.READ, None), (stream, Event.CLOSE, None)]
+    assert await stream.read(10) == b""
+    await caught_up()
+    assert record.read() == late.read() == []
+    stream.close()
+
+
+@either
 async def test_e2_as_of_the_accept(listener: Listener[Stream], dial: Dial, take: Take) -> None:
     """What changed between DEFER and ACCEPT counts: a stream inherits as of the accept."""
     before, after = Log(), Log()
@@ -2017,6 +2042,21 @@ async def test_e8_late_subscriber(listener: Listener[Stream], dial: Dial) -> Non
     assert [log.told for log in logs] == [[(listener, Event.PENDING, None)]] * 2
     await converse(await listener.accept(), client)
     assert [len(log.told) for log in logs] == [1, 1]
+
+
+async def test_e8_event_object(listener: Listener[Stream], dial: Dial) -> None:
+    """So with event objects: what is so already is recorded at once, and not twice in one."""
+    record = listener.watch(Event.PENDING)
+    with raises(NoPendingError):
+        listener.accept_nowait()
+    client = dial(listener)
+    assert await record.wait() == [(listener, Event.PENDING, None)]
+    late = listener.watch(Event.PENDING)
+    assert late.read() == [(listener, Event.PENDING, None)]
+    await caught_up()
+    assert late.read() == record.read() == []
+    await converse(listener.accept_nowait(), client)
+    assert late.read() == record.read() == []
 
 
 @either

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from condaccept._capacity import Limit as Limit
 from condaccept._capacity import Slots as Slots
+from condaccept._delivery import EventRecord as EventRecord
 from condaccept._events import Event as Event
 from condaccept._events import EventCallback as EventCallback
 from condaccept._events import Outcome as Outcome
@@ -94,6 +95,7 @@ __all__ = (
     "Episode",
     "Event",
     "EventCallback",
+    "EventRecord",
     "FlowSpec",
     "InvalidGroupError",
     "InvalidVerdictError",

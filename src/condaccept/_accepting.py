@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
-from condaccept._channel import check_callback, deliver
 from condaccept._deciding import (
     LOSSES,
     TO_COME,
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from condaccept._capacity import Capacity
+    from condaccept._delivery import Delivery, EventRecord, Source
     from condaccept._events import EventCallback, Signals, Subscription
     from condaccept._ledger import Ledger
     from condaccept._stream import Stream
@@ -77,7 +78,8 @@ class Accepting(Generic[T]):
         pending: PendingDeque,
         ledger: Ledger,
         signals: Signals,
-        source: Callable[[], object],
+        delivery: Delivery,
+        source: Callable[[], Source | None],
         stream_factory: Callable[[Stream], T] | None,
         on_full: OnFull | None,
         on_eof: OnEof,
@@ -87,6 +89,7 @@ class Accepting(Generic[T]):
         self._gate = gate
         self._pending = pending
         self._signals = signals
+        self._delivery = delivery
         self._source = source
         self._streak = 0
         self._calls = 0  # that wait or decide
@@ -102,6 +105,7 @@ class Accepting(Generic[T]):
             pending=pending,
             ledger=ledger,
             signals=signals,
+            delivery=delivery,
             stream_factory=stream_factory,
             on_full=on_full,
             on_eof=on_eof,
@@ -230,6 +234,7 @@ class Accepting(Generic[T]):
             await self._turn()
         self._streak += 1
         await self.deciding.wait_closed()
+        await self._delivery.wait_closed()
 
     # -- looking
 
@@ -391,19 +396,34 @@ class Accepting(Generic[T]):
             self._deliver_pending(subscription)
 
     def _deliver_pending(self, subscription: Subscription) -> None:
-        self._loop.call_soon(deliver, subscription, self._source(), Event.PENDING, None)
+        source = self._source()
+        if source is not None:  # it is not forgotten
+            self._delivery.post(subscription, source, Event.PENDING, None)
 
     def on(self, events: Event, callback: EventCallback) -> Subscription:
         """See `Listener.on()`."""
-        check_callback(callback)
-        told = not self._signals.armed(Event.PENDING)
         subscription = self._signals.add(events, callback)
-        if subscription.wants(Event.PENDING) and not self.deciding.closed and self._due():
-            if told:
-                self._deliver_pending(subscription)
-            else:
-                self._fire_pending()
+        self._tell_late(subscription)
         return subscription
+
+    def watch(self, events: Event) -> EventRecord:
+        """See `Listener.watch()`."""
+        record = self._delivery.record(events, partial(self._is_over, events))
+        self._signals.join(record._subscription)
+        self._tell_late(record._subscription)
+        return record
+
+    def _is_over(self, events: Event) -> bool:
+        """Whether none of *events* can come any more."""
+        return self.deciding.closed if events is Event.PENDING else self.deciding.is_over()
+
+    def _tell_late(self, subscription: Subscription) -> None:
+        """Tell a new subscriber what is so already."""
+        if subscription.wants(Event.PENDING) and not self.deciding.closed and self._due():
+            if self._signals.armed(Event.PENDING):
+                self._fire_pending()
+            else:
+                self._deliver_pending(subscription)
 
 
 def _told(pending: PendingTransport, verdict: Any) -> AcceptError:

@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import inspect
 import os
 import socket
 import weakref
 from typing import TYPE_CHECKING, Any, Final
 
-from condaccept._events import Event, EventCallback, Signals, Subscription
+from condaccept._events import Event, Signals, Subscription
 from condaccept._watch import HANGUP, READ, URGENT, WRITE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from condaccept._delivery import Delivery
     from condaccept._pending import Address
     from condaccept._sockets import OwnedSocket
     from condaccept._transports import Attachment
     from condaccept._watch import Watch
 
-__all__ = ("Channel", "check_callback", "deliver")
+__all__ = ("Channel",)
 
 LOW: Final = 16 * 1024
 """Unsent bytes down to which `drain()` waits: asyncio's own mark."""
@@ -36,7 +36,7 @@ IN_A_ROW: Final = 32
 """Operations that complete at once before one yields: without it a fast peer keeps a
 reading task running while every timer of the loop waits."""
 
-EVENTS: Final = (Event.READ, Event.WRITE, Event.CLOSE)
+EVENTS: Final = (Event.READ, Event.WRITE, Event.CLOSE, Event.OOB)
 """What a stream can tell of."""
 _ERROR: Final = 0x008  # EPOLLERR
 
@@ -56,6 +56,7 @@ class Channel:
         "_broken",
         "_buffer",
         "_closing",
+        "_delivery",
         "_dry",
         "_end",
         "_ended",
@@ -84,12 +85,15 @@ class Channel:
         sock: OwnedSocket,
         loop: asyncio.AbstractEventLoop,
         watch: Watch,
+        delivery: Delivery,
         caller_id: Address,
+        *,
         inherited: Sequence[Subscription] = (),
     ) -> None:
         self._sock = sock
         self._loop = loop
         self._watch = watch
+        self._delivery = delivery
         self.caller_id = caller_id
         self.state: Any = None
         self._buffer = bytearray()  # unsent
@@ -144,6 +148,8 @@ class Channel:
     def _receive(self, n: int) -> bytes | None:
         """Read what is there; ``None``: nothing is, or it takes another look."""
         n = min(n, AT_ONCE)
+        if self._signals is not None and self._signals.subscribed(Event.OOB):
+            self._set_urgent_aside(self._signals)
         try:
             data = self._sock.recv(n, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -205,11 +211,11 @@ class Channel:
         self._watch.needed.add(self)
         if self._ended:
             self._fire(signals, Event.CLOSE, self._failure())
-        if signals.wanted(Event.WRITE) and not self._buffer and not self._write_eof:
+        if signals.wanted(Event.WRITE) and self._is_so(Event.WRITE):
             self._fire(signals, Event.WRITE)
         if self._inbox and not self._reading:
             self._fire(signals, Event.READ)
-        if signals.wanted(Event.READ) or signals.wanted(Event.CLOSE):
+        if any(map(signals.wanted, (Event.READ, Event.CLOSE, Event.OOB))):
             if self._registered:
                 self._look_again()
             else:
@@ -220,21 +226,23 @@ class Channel:
         if event is Event.CLOSE:
             return self._ended
         if event is Event.WRITE:
-            return not self._buffer and not self._write_eof
+            return not (self._buffer or self._write_eof or self._failure())
+        if event is Event.OOB:
+            return self._signals is not None and bool(self._signals.urgent)
         if self._reading:
             return False
         if self._inbox or self._eof:
             return bool(self._inbox)
-        try:
-            # The end of the stream counts, while nobody has read it.
-            self._peek()
-        except OSError:
-            return False
-        return True
+        # The end of the stream counts, while nobody has read it.
+        return self._peek() is not None
 
     def _signal(self, signals: Signals, events: int) -> None:
         """Tell what an edge of the watch means to the subscribers."""
-        if events & (READ | HANGUP) and not self._reading and not self._eof:
+        if events & URGENT and signals.subscribed(Event.OOB):
+            self._set_urgent_aside(signals)
+        # For a Unix socket the urgent byte alone is something to read, which no read returns.
+        unread = not events & URGENT or self._is_so(Event.READ)
+        if events & (READ | HANGUP) and unread and not self._reading and not self._eof:
             self._fire(signals, Event.READ)
         if events & _ERROR and self._peer_error is None:
             # Taking SO_ERROR clears it: a later read is told by what is kept here.
@@ -246,18 +254,42 @@ class Channel:
             self._look_for_end()
 
     def _look_for_end(self) -> None:
+        if self._peek() == b"" and not self._inbox:
+            self._tell_end()
+
+    def _peek(self) -> bytes | None:
+        """Return the first unread byte, ``b""`` at the end; ``None``: there is nothing."""
         try:
-            if not self._peek() and not self._inbox:
-                self._tell_end()
+            return self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
             self._watch.dry(self._sock.fileno())
         except OSError as error:
             # The look has cleared it, as above.
             self._peer_error = error
             self._tell_end()
+        return None
 
-    def _peek(self) -> bytes:
-        return self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    def _set_urgent_aside(self, signals: Signals) -> None:
+        """Keep an urgent byte for who subscribed: the next read would pass over it.
+
+        The kernel drops an urgent byte that a read has passed, and a task that reads is
+        woken before any callback is called.
+        """
+        if self._watch.tells_hangup and (urgent := self._urgent()):
+            signals.urgent = urgent
+            self._fire(signals, Event.OOB)
+
+    def _urgent(self) -> bytes:
+        """Take the urgent byte from the kernel; ``b""``: there is none."""
+        try:
+            urgent = self._sock.recv(1, socket.MSG_OOB | socket.MSG_DONTWAIT)
+        except OSError:
+            # EINVAL: none; EAGAIN: announced, and not here yet; ENOTCONN: the peer has
+            # reset, which a read will tell.
+            return b""
+        # A read still stops where it was.
+        self._end = True
+        return urgent
 
     def _failure(self) -> OSError | None:
         return self._broken or self._peer_error
@@ -272,12 +304,11 @@ class Channel:
             self._deliver(subscription, event, error)
 
     def _deliver(self, subscription: Subscription, event: Event, error: OSError | None) -> None:
-        self._loop.call_soon(self._told, subscription, event, error)
+        self._delivery.post(subscription, self, event, error)
 
-    def _told(self, subscription: Subscription, event: Event, error: OSError | None) -> None:
+    def _still_tells(self, event: Event) -> bool:
         # Of a stream that is gone by now, only that it ended is still true.
-        if event is Event.CLOSE or self._sock.fileno() >= 0:
-            deliver(subscription, self, event, error)
+        return event is Event.CLOSE or self._sock.fileno() >= 0
 
     # -- the socket
 
@@ -311,6 +342,7 @@ class Channel:
             self._flush()
         if self._signals is not None and self._registered:
             self._signal(self._signals, events)
+            self._let_go()
 
     def _block(self) -> None:
         if self._blocked:
@@ -419,7 +451,10 @@ class Channel:
     def _let_go(self) -> None:
         """Be collected as garbage when nobody has this stream any more, if nothing is on."""
         if self._sock.fileno() < 0 or not (
-            self._reader is not None or self._waiters or self._blocked or self._signals is not None
+            self._reader is not None
+            or self._waiters
+            or self._blocked
+            or (self._signals is not None and self._signals.heard())
         ):
             self._watch.needed.discard(self)
 
@@ -434,16 +469,3 @@ class Channel:
         for waiter in waiters:
             if not waiter.done() and not self._loop.is_closed():
                 waiter.set_result(None)
-
-
-def check_callback(callback: EventCallback) -> None:
-    """Refuse what could be called but would do nothing."""
-    if inspect.iscoroutinefunction(callback):
-        message = f"an event callback is a plain function; let it start a task: {callback!r}"
-        raise TypeError(message)
-
-
-def deliver(subscription: Subscription, source: Any, event: Event, error: OSError | None) -> None:
-    """Call a subscription's callback, unless it was cancelled meanwhile."""
-    if not subscription.cancelled:
-        subscription.callback(source, event, error)

@@ -16,6 +16,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, TypeVar, cast
 
+from condaccept._delivery import current_task
 from condaccept._group import Groups, OpenStreams
 from condaccept._pending import Condition, Peer, PendingDeque, PendingTransport, Status
 from condaccept._sockets import OwnedSocket, apply_flow, inherit_options, peer, reset
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from condaccept._capacity import Capacity, Limit
+    from condaccept._delivery import Delivery
     from condaccept._events import Signals
     from condaccept._group import StreamGroup
     from condaccept._ledger import Ledger
@@ -54,7 +56,6 @@ __all__ = (
     "OnEof",
     "OnFull",
     "closed_error",
-    "current_task",
 )
 
 T = TypeVar("T")
@@ -138,6 +139,7 @@ class Deciding(Generic[T]):
         pending: PendingDeque,
         ledger: Ledger,
         signals: Signals,
+        delivery: Delivery,
         stream_factory: Callable[[Stream], T] | None,
         on_full: OnFull | None,
         on_eof: OnEof,
@@ -149,6 +151,7 @@ class Deciding(Generic[T]):
         self._pending = pending
         self._ledger = ledger
         self._signals = signals
+        self._delivery = delivery
         self._stream_factory = stream_factory
         self._on_full = on_full
         self._withdraw = on_eof == "withdraw"
@@ -245,6 +248,7 @@ class Deciding(Generic[T]):
         self._gate.close()
         self._watch.release()
         self._wake_idle()
+        self._delivery.look_over()
 
     async def wait_closed(self) -> None:
         """Wait until no decision is under way after `close()`, but for the caller's own."""
@@ -275,6 +279,10 @@ class Deciding(Generic[T]):
         if fresh is None or fresh._kept or fresh._status is not Status.QUEUED:
             return self._pending.undecided()
         return (*self._pending.undecided(), fresh)
+
+    def is_over(self) -> bool:
+        """Whether nothing can happen any more: closed, and no accepted connection is open."""
+        return self.closed and not len(self._streams) and not self.deciders
 
     def streams(self) -> tuple[Stream, ...]:
         """Return the streams that are open, and those whose transports are."""
@@ -720,7 +728,12 @@ class Deciding(Generic[T]):
             self._apply_qos(pending, sock, group)
         try:
             stream = Stream(
-                sock, self._loop, self._watch, pending.caller_id, self._signals.subscriptions
+                sock,
+                self._loop,
+                self._watch,
+                self._delivery,
+                pending.caller_id,
+                inherited=self._signals.subscriptions,
             )
         except OSError as error:
             # The watch has no room for it.
@@ -795,6 +808,8 @@ class Deciding(Generic[T]):
         if holds:
             self._ledger.release(holds)
         self._freed()
+        if self.closed:
+            self._delivery.look_over()
 
     def unasked(self, pending: PendingTransport) -> object:
         """Act on what needs no condition: a loss to report, a connection that is ready."""
@@ -1052,6 +1067,8 @@ class Deciding(Generic[T]):
     def done_with_fresh(self) -> None:
         """Note that the call which took a connection has nothing in its hands any more."""
         self._fresh = None
+        if self.closed:
+            self._delivery.look_over()
 
     def _wake_idle(self) -> None:
         if self.stopped:
@@ -1059,14 +1076,6 @@ class Deciding(Generic[T]):
             for waiter in idle:
                 if not waiter.done() and not self._loop.is_closed():
                     waiter.set_result(None)
-
-
-def current_task() -> asyncio.Task[Any] | None:
-    """Return the running task; ``None`` in a callback, or where no loop runs."""
-    try:
-        return asyncio.current_task()
-    except RuntimeError:
-        return None
 
 
 def _no_group(pending: PendingTransport) -> InvalidGroupError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias
 
 import attrs
 
@@ -14,7 +14,15 @@ from condaccept._verdict import Verdict
 if TYPE_CHECKING:
     from condaccept._pending import Address
 
-__all__ = ("Event", "EventCallback", "Outcome", "Signals", "Subscription")
+__all__ = (
+    "Event",
+    "EventCallback",
+    "Outcome",
+    "SharedSubscription",
+    "Signals",
+    "Subscription",
+    "check_events",
+)
 
 
 class Event(enum.Flag):
@@ -31,10 +39,13 @@ class Event(enum.Flag):
     """The stream was just accepted, or has room again after the kernel took no more."""
     CLOSE = enum.auto()
     """The stream has ended and all its data was read, or it failed."""
+    OOB = enum.auto()
+    """An urgent byte waits for `Stream.read_oob()`. Never told where there is no epoll."""
 
 
 EventCallback: TypeAlias = Callable[[Any, Event, OSError | None], object]
-"""Called as ``callback(source, event, error)``, for one event, from the loop."""
+"""Called as ``callback(source, event, error)``, for one event, from the loop; what it returns
+is awaited if it can be."""
 
 _VERDICTS: Final = {Status.ACCEPTED: Verdict.ACCEPT, Status.REJECTED: Verdict.REJECT}
 
@@ -73,6 +84,9 @@ class Subscription:
 
     __slots__ = ("_events", "callback", "cancelled")
 
+    at_once: ClassVar[bool] = False
+    """Whether the callback only notes the event, and is called where the event happens."""
+
     def __init__(self, events: Event, callback: EventCallback) -> None:
         self._events = events.value
         self.callback = callback
@@ -81,13 +95,14 @@ class Subscription:
     def cancel(self) -> None:
         """Call the callback no more, not even for an event under way to it.
 
-        Streams that were accepted before keep what they inherited.
+        Streams that were accepted before keep what they inherited. A task that an async
+        callback runs in goes on.
         """
         self.cancelled = True
 
     def __repr__(self) -> str:
         gone = " cancelled" if self.cancelled else ""
-        return f"<Subscription {Event(self._events)!r} {self.callback!r}{gone}>"
+        return f"<{type(self).__name__} {Event(self._events)!r} {self.callback!r}{gone}>"
 
     def wants(self, event: Event) -> bool:
         """Whether the callback is to be told of *event*."""
@@ -99,6 +114,18 @@ class Subscription:
         return Subscription(Event(self._events), self.callback)
 
 
+class SharedSubscription(Subscription):
+    """One that all streams share with their listener, so that cancelling ends it for all."""
+
+    __slots__ = ()
+
+    at_once = True
+
+    def copy(self) -> SharedSubscription:
+        """Return itself."""
+        return self
+
+
 class Signals:
     """The subscriptions of one source, and which of its events are armed.
 
@@ -107,30 +134,42 @@ class Signals:
 
     Attributes:
         subscriptions: Cancelled ones included.
+        urgent: The urgent byte that was set aside for who subscribed to OOB, unread.
     """
 
-    __slots__ = ("_disarmed", "subscriptions")
+    __slots__ = ("_disarmed", "subscriptions", "urgent")
 
     def __init__(self, inherited: Iterable[Subscription] = ()) -> None:
         self.subscriptions = [each.copy() for each in inherited if not each.cancelled]
         self._disarmed: int = 0
+        self.urgent = b""
 
     def add(self, events: Event, callback: EventCallback) -> Subscription:
         """Subscribe *callback* to *events*."""
-        if not isinstance(events, Event) or not events:
-            message = f"events are one or more of Event, combined with |; got {events!r}"
-            raise TypeError(message)
+        check_events(events)
         if not callable(callback):
             message = f"the callback cannot be called: {callback!r}"
             raise TypeError(message)
-        self.subscriptions = [each for each in self.subscriptions if not each.cancelled]
         subscription = Subscription(events, callback)
-        self.subscriptions.append(subscription)
+        self.join(subscription)
         return subscription
+
+    def join(self, subscription: Subscription) -> None:
+        """Take in a subscription that was made elsewhere."""
+        self.subscriptions = [each for each in self.subscriptions if not each.cancelled]
+        self.subscriptions.append(subscription)
+
+    def heard(self) -> bool:
+        """Whether anybody is subscribed to anything."""
+        return not all(each.cancelled for each in self.subscriptions)
+
+    def subscribed(self, event: Event) -> bool:
+        """Whether anybody is subscribed to *event*, armed or not."""
+        return any(each.wants(event) for each in self.subscriptions)
 
     def wanted(self, event: Event) -> bool:
         """Whether somebody would be told of *event* now."""
-        return self.armed(event) and any(each.wants(event) for each in self.subscriptions)
+        return self.armed(event) and self.subscribed(event)
 
     def armed(self, event: Event) -> bool:
         """Whether *event* has not been told since it was last armed."""
@@ -148,3 +187,14 @@ class Signals:
         if told:
             self._disarmed |= event.value
         return told
+
+
+def check_events(events: object) -> None:
+    """Refuse what is not at least one event.
+
+    Raises:
+        TypeError: *events* is none.
+    """
+    if not isinstance(events, Event) or not events:
+        message = f"events are one or more of Event, combined with |; got {events!r}"
+        raise TypeError(message)

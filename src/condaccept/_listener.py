@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, overload
 
 from condaccept._accepting import Accepting
 from condaccept._capacity import Capacity, Limit, as_limit
+from condaccept._delivery import Delivery, EventRecord
 from condaccept._events import Event, EventCallback, Outcome, Signals, Subscription
 from condaccept._ledger import Ledger, Statistics
 from condaccept._open import Host, UnixPath, absolute, open_tcp, open_unix, unlink
@@ -112,6 +113,7 @@ class Listener(Generic[T]):
         self._sockname: Address = sockets[0].getsockname() if sockets else None
         self._pending = PendingDeque(max_pending, max_deciding, defer_timeout)
         self._ledger = Ledger(partial(_call_soon, loop), partial(_report, loop))
+        self._delivery = Delivery(loop)
         self._file: tuple[str | bytes, tuple[int, int]] | None = None
         self._serving: Serve[T] | None = None
         self._accepting: Accepting[T] = Accepting(
@@ -121,6 +123,7 @@ class Listener(Generic[T]):
             pending=self._pending,
             ledger=self._ledger,
             signals=Signals(),
+            delivery=self._delivery,
             source=weakref.ref(self),
             stream_factory=stream_factory,
             on_full=on_full,
@@ -405,15 +408,39 @@ class Listener(Generic[T]):
         `Event.PENDING` is about the listener itself. The others are inherited by the
         streams accepted from now on, which are the *source* then; streams accepted before
         keep what they have. The callback is called from the loop, never inside the call
-        that caused the event. PENDING is told once and then not before the next accept
-        call that looked at the deque and did not defer.
+        that caused the event; of what is so already, it is told soon. PENDING is told once
+        and then not before the next accept call that looked at the deque and did not
+        defer; the others as `Stream.on()` says.
+
+        What the callback returns is awaited if it can be, in a task: during one for the
+        same subscription, source and event, a further event is kept, once, until that has
+        ended. `close()` cancels the tasks for PENDING and `wait_closed()` waits for them,
+        apart from one that makes the call itself; `abort()` cancels those about streams
+        too, and after it nobody is called. A callback that raises is reported to the
+        loop's exception handler, and called for later events all the same.
 
         Returns:
             A handle; its ``cancel()`` ends the subscription of the listener.
 
+        Raises:
+            TypeError: *events* is none, or *callback* cannot be called.
+
         Source: WSPAsyncSelect.
         """
         return self._accepting.on(events, callback)
+
+    def watch(self, events: Event) -> EventRecord:
+        """Record *events* of this listener, and of the streams accepted from now on.
+
+        One object for all of them, to be read when it suits: the same events as `on()`
+        tells, without a callback. What is so already is recorded at once.
+
+        Raises:
+            TypeError: *events* is none.
+
+        Source: WSPEventSelect.
+        """
+        return self._accepting.watch(events)
 
     def on_outcome(self, callback: Callable[[Outcome], object]) -> None:
         """Have ``callback(outcome)`` called once for every connection, soon after its end."""
@@ -606,13 +633,16 @@ class Listener(Generic[T]):
         if not self._deciding.closed:
             consumer = self._deciding.consumer
             self._deciding.close()
+            self._delivery.close()
             self._accepting.closed()
             consumer.closed()
             if self._file is not None:
                 unlink(*self._file)
 
     async def wait_closed(self) -> None:
-        """Wait until the listener is closed and no decision is under way any more.
+        """Wait until the listener is closed, and neither decision nor task of it is under way.
+
+        The tasks are those of async callbacks for PENDING; not those about streams.
 
         Cancellation:
             Safe; does not close the listener.
@@ -620,8 +650,9 @@ class Listener(Generic[T]):
         await self._accepting.wait_closed()
 
     def abort(self) -> None:
-        """Close, and abort the streams that were accepted."""
+        """Close, abort the streams that were accepted, and cancel the tasks about them."""
         self.close()
+        self._delivery.abort()
         self._deciding.abort_streams()
 
     async def __aenter__(self) -> Self:
@@ -643,6 +674,9 @@ class Listener(Generic[T]):
             if not self._loop.is_closed():
                 # The collector may run in any thread; closing belongs to the loop's.
                 self._loop.call_soon_threadsafe(self.close)
+
+    def _still_tells(self, _event: Event) -> bool:
+        return not self._deciding.closed
 
     def _check_open(self) -> None:
         if self._deciding.stopped:

@@ -12,7 +12,7 @@ import socket
 from asyncio.trsock import TransportSocket
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from condaccept._channel import AT_ONCE, CHUNK, EVENTS, IN_A_ROW, Channel, check_callback
+from condaccept._channel import AT_ONCE, CHUNK, EVENTS, IN_A_ROW, Channel
 from condaccept._events import Event, EventCallback, Signals, Subscription
 from condaccept._pending import PEEK_LIMIT, Peer
 from condaccept._sockets import peer, reset
@@ -144,6 +144,30 @@ class Stream(Channel):
             Safe: what has come stays to be read.
         """
         return await self._exclusively(self._line(limit))
+
+    def read_oob(self) -> bytes:
+        """Return the urgent byte that has come, or ``b""`` if none is unread; never waits.
+
+        There is one at most: another that comes before it was read takes its place. The
+        kernel drops it when a read passes its place in the stream, unless somebody is
+        subscribed to `Event.OOB` and epoll tells of it; then it is kept until this call.
+        With SO_OOBINLINE it is a byte of the stream, which `read()` returns, and never
+        found here.
+
+        Raises:
+            ConnectionAbortedError: The stream was closed by this side.
+            OSError: The connection failed.
+
+        Source: tcp(7), "Sockets API"; unix(7), "Sockets API".
+        """
+        if self._broken is not None or self._closing:
+            raise self._why_not()
+        urgent = self._urgent()
+        if self._signals is not None:
+            urgent = urgent or self._signals.urgent
+            self._signals.urgent = b""
+            self._signals.arm(Event.OOB)
+        return urgent
 
     def __aiter__(self) -> Self:
         """Iterate over the lines up to the end of the stream, as `readline()` gives them."""
@@ -628,19 +652,35 @@ class Stream(Channel):
         return default
 
     def on(self, events: Event, callback: EventCallback) -> Subscription:
-        """Have ``callback(stream, event, error)`` called for each of *events*.
+        """Have ``callback(stream, event, error)`` called for *events*, one event a call.
 
         It is called from the loop, never inside the call that caused the event; of what
         is so already, it is told soon. *error* is ``None`` but for a CLOSE after a
-        failure.
+        failure. What it returns is awaited if it can be, in a task: during one for the
+        same subscription and event, a further event is kept, once, until that has ended.
+        A callback that raises is reported to the loop's exception handler, and called for
+        later events all the same.
+
+        An event says how things stood: somebody may have acted on it since. READ is told
+        again after a read, WRITE after a send that the kernel had no room for, OOB after
+        `read_oob()`, CLOSE never. Closing by this side is no event, and of a stream that
+        this side has closed only the CLOSE of before is told. OOB is told where there is
+        epoll, not elsewhere.
+
+        Returns:
+            A handle; its ``cancel()`` ends the subscription.
+
+        Raises:
+            TypeError: *events* is none, or *callback* cannot be called.
         """
-        check_callback(callback)
         if self._signals is None:
             self._signals = Signals()
         signals = self._signals
         told = [each for each in EVENTS if not signals.armed(each)]
         subscription = signals.add(events, callback)
         if self._sock.fileno() < 0:
+            if self._ended and subscription.wants(Event.CLOSE):
+                self._deliver(subscription, Event.CLOSE, self._failure())
             return subscription
         self._subscribe(signals)
         for event in told:

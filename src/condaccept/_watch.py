@@ -46,7 +46,7 @@ class Watch(Protocol):
     """Tells of descriptors; shared by a listener, its undecided connections, its streams."""
 
     tells_hangup: bool
-    """Whether a hangup can be watched for by itself, without reading."""
+    """Whether a hangup, or an urgent byte, can be watched for by itself, without reading."""
     needed: set[object]
     """What has to live as long as the watch does, though nobody else may have it: streams
     that somebody waits on, that have something to send or someone to tell. asyncio has but
@@ -138,7 +138,8 @@ class ReaderWatch:
     """The same over the loop's own readers and writers, where there is no epoll.
 
     Each is taken off when it has fired, and put back by `dry()` or `modify()`. A hangup
-    cannot be told from data here, so watching for it alone tells nothing. Nor can a second
+    cannot be told from data here, so watching for it alone tells nothing; an urgent byte is
+    not told at all. Nor can a second
     newcomer in a queue that nobody takes from, while the first is still there.
     """
 
