@@ -34,12 +34,14 @@ ROOMS = [
     "_sockets",
     "_watch",
     "gates",
+    "_transports",
     "_channel",
     "_stream",
     "_deciding",
     "_accepting",
     "_open",
     "_listener",
+    "_inherited",
     "testing",
 ]
 """From left to right: a room may use those to its left, and none to its right."""
