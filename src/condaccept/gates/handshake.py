@@ -13,7 +13,6 @@ import socket
 import sys
 import weakref
 from collections import deque
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from condaccept._sockets import (
@@ -66,6 +65,8 @@ class _Lane:
         """
         known = backlog(self.sock)
         self.limit = 0 if known is None else known[1]
+        # Only ever on a socket that listens: on another it fails with ENOTCONN, and yet
+        # all connections of a later listen(2) could not be written to.
         self.sock.shutdown(socket.SHUT_RDWR)
         # Until here connections have inherited it, and they must: else the port could not
         # be listened on again while one of them lives.
@@ -77,6 +78,7 @@ class _Lane:
         try:
             self.sock.listen(self.limit)
         except OSError as error:
+            self.sock.setsockopt(*_REUSE, 0)
             reason = f"cannot listen again on {self.sock.getsockname()!r}: {error.strerror}"
             raise OSError(error.errno, reason) from error
 
@@ -143,7 +145,7 @@ class HandshakeGate(ConnectedGate):
                 refused.append(lane)
         except OSError as error:
             for lane in refused:
-                self._undo(lane.listen, error)
+                _undo(lane.listen, error)
             raise
         for lane in self._lanes:
             # A socket that was shut down reports a hangup again and again.
@@ -157,20 +159,21 @@ class HandshakeGate(ConnectedGate):
         opened: list[_Lane] = []
         try:
             for lane in self._lanes:
-                opened.append(lane)
                 lane.listen()
+                opened.append(lane)
             for lane in self._lanes:
                 self._register(lane)
         except OSError as error:
             for lane in opened:
                 self._watch.unregister(lane.fd)
-                self._undo(partial(lane.sock.shutdown, socket.SHUT_RDWR), error)
-                self._undo(partial(lane.sock.setsockopt, *_REUSE, 0), error)
+                _undo(lane.refuse, error)
             raise
         self._refusing = False
 
     def _check_refusable(self) -> None:
         """Refuse to refuse where it would hit others, or could not be undone."""
+        for sock in self.sockets:
+            check_listening(sock)
         if any(not lane.kind.tcp for lane in self._lanes):
             reason = f"a Unix socket that was shut down cannot listen again: {_INSTEAD}"
         elif not self._own:
@@ -184,35 +187,25 @@ class HandshakeGate(ConnectedGate):
                 "process has forked), and refusing would shut them for everybody who has "
                 f"them: {_INSTEAD}"
             )
-        elif self._any_has(socket.SO_REUSEPORT):
+        elif self._of_any(socket.SO_REUSEPORT):
             reason = (
                 "with reuse_port the others on the port would get everybody: close() this "
                 f"listener and make another later, or {_INSTEAD}"
             )
-        elif not self._all_have(socket.SO_REUSEADDR):
+        elif not self._of_all(socket.SO_REUSEADDR):
             reason = (
                 "SO_REUSEADDR is off, so the port could not be listened on again while an "
                 f"accepted connection lives: leave it on, or {_INSTEAD}"
             )
         else:
-            for sock in self.sockets:
-                check_listening(sock)
             return
         raise OSError(errno.EOPNOTSUPP, reason)
 
-    def _any_has(self, option: int) -> bool:
+    def _of_any(self, option: int) -> bool:
         return any(sock.getsockopt(socket.SOL_SOCKET, option) for sock in self.sockets)
 
-    def _all_have(self, option: int) -> bool:
+    def _of_all(self, option: int) -> bool:
         return all(sock.getsockopt(socket.SOL_SOCKET, option) for sock in self.sockets)
-
-    def _undo(self, step: Callable[[], object], error: OSError) -> None:
-        try:
-            step()
-        except OSError as another:
-            # ENOTCONN: it did not listen, so there is nothing to undo.
-            if another.errno != errno.ENOTCONN:
-                error.add_note(f"And it could not be undone: {another}")
 
     def _inherit_plainly(self) -> None:
         for lane in self._lanes:
@@ -339,6 +332,13 @@ class HandshakeGate(ConnectedGate):
         # Turn about: whoever is served now goes to the end.
         lanes.rotate(-1)
         return lanes[-1]
+
+
+def _undo(step: Callable[[], object], error: OSError) -> None:
+    try:
+        step()
+    except OSError as another:
+        error.add_note(f"And it could not be undone: {another}")
 
 
 _unshared: weakref.WeakSet[HandshakeGate] = weakref.WeakSet()
