@@ -235,7 +235,8 @@ async def receive_sockets(control: socket.socket) -> tuple[socket.socket, ...]:
         it could be, and serves on. Close *control*.
 
     Cancellation:
-        As after an error.
+        As after an error, and also when the sender's last word has come already and it may
+        have closed its own sockets: give this call more time than the sender has.
 
     Source: unix(7), SCM_RIGHTS.
     """
