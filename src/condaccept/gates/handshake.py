@@ -150,7 +150,6 @@ class HandshakeGate(ConnectedGate):
         for lane in self._lanes:
             # A socket that was shut down reports a hangup again and again.
             self._watch.unregister(lane.fd)
-        self._ready = []
         self._refusing = True
 
     def listen_again(self) -> None:
@@ -254,8 +253,6 @@ class HandshakeGate(ConnectedGate):
         return False
 
     def backlog(self) -> tuple[int, int] | None:
-        if self._refusing:
-            return 0, 0
         try:
             known = [each for each in map(backlog, self.sockets) if each is not None]
         except OSError:
