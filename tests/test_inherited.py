@@ -619,6 +619,16 @@ async def test_a_receiver_that_is_cancelled(ends: Any, *, sent: bool) -> None:
     assert theirs.recv(100) == b"something else"
 
 
+async def test_cancelled_behind_a_closed_control(ends: Any) -> None:
+    """Who closes control before it cancels the call gets a cancellation, and nothing else."""
+    receiving = asyncio.ensure_future(receive_sockets(ends[1]))
+    await asyncio.sleep(0)
+    ends[1].close()
+    receiving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await receiving
+
+
 async def test_a_listener_closed_during_the_call(tmp_path: Path, ends: Any) -> None:
     """Who closes the listener before the receiver has answered passes nothing on."""
     ours, theirs = ends
@@ -636,7 +646,8 @@ def frame(
     kind: int, count: int, text: str = "", *, magic: bytes = b"CAcc", version: int = 1
 ) -> bytes:
     """Return a message of the hand-over."""
-    return struct.pack("!4sBBHI", magic, version, kind, count, len(text)) + text.encode()
+    body = text.encode()
+    return struct.pack("!4sBBHI", magic, version, kind, count, len(body)) + body
 
 
 BAD_FRAMES = {
@@ -665,6 +676,30 @@ async def test_a_receiver_of_nonsense(ends: Any, name: str) -> None:
     told = ours.recv(1000)
     assert told[:6] == frame(4, 0)[:6]
     assert reason.encode() in told
+
+
+async def test_a_long_reason(listener: Listener[Stream], ends: Any) -> None:
+    """A reason that is too long for the sender is cut where that can still read it."""
+    ours, theirs = ends
+    ours.send(frame(1, 2, f"{'é' * 5000}\nname"))
+    assert isinstance(await failing(receive_sockets(theirs)), DescriptorsExhaustedError)
+    told = await failing(send_listener(listener, ours))
+    assert isinstance(told, ConnectionAbortedError)
+    assert "0 of 2 sockets could be received" in str(told)
+    assert len(str(told)) < 5000
+
+
+async def test_a_last_word_with_descriptors(ends: Any) -> None:
+    """Descriptors that come with the sender's last word are closed."""
+    ours, theirs = ends
+    before = descriptors()
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [ours.fileno()]))]
+    ours.sendmsg([frame(1, 1, "x")], rights)
+    ours.sendmsg([frame(3, 1)], rights)
+    async with asyncio.timeout(LIMIT):
+        (sock,) = await receive_sockets(theirs)
+    sock.close()
+    assert descriptors() == before
 
 
 async def test_descriptors_nobody_announced(ends: Any) -> None:

@@ -243,7 +243,7 @@ async def receive_sockets(control: socket.socket) -> tuple[socket.socket, ...]:
     _check_control(control)
     try:
         kind, count, text, descriptors = await _receive(control)
-    except (ValueError, DescriptorsExhaustedError) as error:
+    except ValueError as error:
         _refuse(control, str(error))
         raise
     try:
@@ -307,7 +307,7 @@ def _close(descriptors: Sequence[int]) -> None:
 
 def _refuse(control: socket.socket, reason: str) -> None:
     """Tell the sender, if that can be done at once; else closing *control* has to."""
-    text = reason.encode()[:4096]
+    text = reason.encode("ascii", "backslashreplace")[:4096]
     try:
         control.send(_FRAME.pack(_MAGIC, _VERSION, _REFUSED, 0, len(text)) + text, _NONBLOCK)
     except OSError:
@@ -397,6 +397,8 @@ async def _ready(control: socket.socket, *, writing: bool) -> None:
     add, remove = (
         (loop.add_writer, loop.remove_writer) if writing else (loop.add_reader, loop.remove_reader)
     )
+    # The socket and not its number: uvloop then keeps it open until it is removed, and a
+    # number closed under it would end the process.
     add(control, _told, ready)
     try:
         await ready
