@@ -437,8 +437,11 @@ def many(n: int) -> Iterator[Listener[Stream]]:
         listener.close()
 
 
-async def test_as_many_as_one_message_takes(ends: Any) -> None:
-    """253 sockets go at once; one more is an error, and then nothing was sent or marked."""
+@pytest.mark.parametrize("room", [None, 1], ids=["at once", "in several sends"])
+async def test_as_many_as_one_message_takes(ends: Any, room: int | None) -> None:
+    """253 sockets go in one message; one more is an error, and nothing was sent or marked."""
+    if room is not None:
+        ends[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, room)
     with many(253) as listener:
         names = [sock.getsockname() for sock in listener._gate.sockets]
         sockets = await pass_on(listener, ends)
