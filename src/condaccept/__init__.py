@@ -28,6 +28,9 @@ from condaccept._events import Outcome as Outcome
 from condaccept._events import Subscription as Subscription
 from condaccept._exhaustion import Episode as Episode
 from condaccept._group import StreamGroup as StreamGroup
+from condaccept._inherited import inherited_sockets as inherited_sockets
+from condaccept._inherited import receive_sockets as receive_sockets
+from condaccept._inherited import send_listener as send_listener
 from condaccept._ledger import Statistics as Statistics
 from condaccept._listener import Listener as Listener
 from condaccept._listener import listen as listen
@@ -123,5 +126,8 @@ __all__ = (
     "Subscription",
     "Syn",
     "Verdict",
+    "inherited_sockets",
     "listen",
+    "receive_sockets",
+    "send_listener",
 )
