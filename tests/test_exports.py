@@ -34,6 +34,7 @@ ROOMS = [
     "_sockets",
     "_watch",
     "gates",
+    "_transports",
     "_channel",
     "_stream",
     "_deciding",
