@@ -59,9 +59,9 @@ class Looks:
         self.n = 0
         look = Stream._look_ahead
 
-        def counted(self_: Stream, n: int) -> bytes | None:
-            self.n += self_ is stream
-            return look(self_, n)
+        def counted(self_: Stream, n: int, *, last: bool = False) -> bytes | None:
+            self.n += self_ is stream and not last
+            return look(self_, n, last=last)
 
         monkeypatch.setattr(Stream, "_look_ahead", counted)
 

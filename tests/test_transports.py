@@ -876,6 +876,17 @@ async def test_cancelled_in_the_handshake(
     assert await wire_end(line.client) in ("eof", "reset")
 
 
+async def test_everything_cancelled(line: Line, server_tls: ssl.SSLContext) -> None:
+    """Nothing is reported when all tasks are cancelled at once, as asyncio.run() does."""
+    task = asyncio.ensure_future(line.stream.into_transport(line.on, server_tls))
+    await turns()
+    for each in asyncio.all_tasks() - {asyncio.current_task()}:
+        each.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await line.over() == ["release"]
+
+
 # -- TLS
 
 
@@ -1247,6 +1258,7 @@ async def test_stream_afterwards(line: Line) -> None:
     subscription.cancel()
 
 
+@pytest.mark.slow
 async def test_stream_dropped(accepted: Accept) -> None:
     """A transport lives without the stream it came from, and the listener still reaches it."""
     line = await accepted()

@@ -360,7 +360,7 @@ class Listener(Generic[T]):
         await self._accepting.wait_closed()
 
     def abort(self) -> None:
-        """Close, and abort the streams that were accepted."""
+        """Close, and abort the streams that were accepted, and what became of them."""
         self.close()
         self._deciding.abort_streams()
 

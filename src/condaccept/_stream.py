@@ -272,69 +272,63 @@ class Stream(Channel):
         if self._streak >= IN_A_ROW:
             await self._turn()
         self._streak += 1
+        marked = False
         try:
             while True:
                 if self._broken is not None or self._closing:
                     raise await self._refusal()
-                data = bytes(self._inbox[:n])
-                if self._eof or len(data) == n:
-                    return data
-                more = self._look_ahead(n - len(data))
-                if more is not None:
+                data = self._look_ahead(n)
+                if data is None and self._broken is None:
+                    marked = True
+                    await self._mark(n - len(self._inbox))
+                    if self._no_more():
+                        data = self._look_ahead(n, last=True)
+                if data is not None:
                     # The watch may have told of it, and nobody but this call.
                     self._look_again()
-                    return data + more
+                    return data
                 if self._broken is None:
-                    await self._readable()
-        except ValueError:
-            await self._turn()
-            raise
+                    await self._until_marked()
         finally:
-            self._mark(1)
+            if marked:
+                self._unmark()
 
-    def _look_ahead(self, n: int) -> bytes | None:
-        """Peek *n* bytes, fewer if no more can come; ``None``: wait, or it failed."""
-        flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
-        data = None
+    def _look_ahead(self, n: int, *, last: bool = False) -> bytes | None:
+        """Return *n* bytes; ``None``: there are fewer, and not the *last*, or it failed."""
+        data = bytes(self._inbox[:n])
+        missing = n - len(data)
+        if self._eof or not missing:
+            return data
         try:
-            data = self._sock.recv(n, flags)
-            if len(data) == n or not data:
-                return self._peeked(data)
+            more = self._sock.recv(missing, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
-            pass
+            return None
         except OSError as error:
             self._break(error)
             return None
-        if self._mark(n) < n:
-            message = f"the receive buffer of this socket does not hold {n} bytes"
-            raise ValueError(message)
-        if data and self._no_more():
-            # Some may have come between the two looks.
-            return self._sock.recv(n, flags)
-        if not self._registered:
-            self._register()
-        self._watch.dry(self._sock.fileno())
-        return None
-
-    def _peeked(self, data: bytes) -> bytes | None:
-        if not data and self._peer_error is not None:
+        if not more and self._peer_error is not None:
             self._break(self._peer_error)
             return None
-        return data
+        return data + more if last or not 0 < len(more) < missing else None
 
-    def _mark(self, n: int) -> int:
-        """Have the kernel tell of *n* bytes only, or of the end; return what it agreed to.
+    async def _mark(self, n: int) -> None:
+        """Have the kernel tell of *n* bytes only, or of the end.
 
         Without it a caller who sends byte by byte would wake a peek for each. A Unix socket
         takes the mark and does not keep to it.
         """
-        if self._sock.proto != socket.IPPROTO_TCP or self._sock.fileno() < 0:
-            return n
-        option = socket.SOL_SOCKET, socket.SO_RCVLOWAT
+        if self._sock.proto == socket.IPPROTO_TCP:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, n)
+            if self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) < n:
+                await self._turn()
+                message = f"the receive buffer of this socket does not hold {n} bytes"
+                raise ValueError(message)
+
+    def _unmark(self) -> None:
         # What came below the mark was told to nobody.
         self._dry = False
-        self._sock.setsockopt(*option, n)
-        return self._sock.getsockopt(*option)
+        if self._sock.fileno() >= 0:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
     def _no_more(self) -> bool:
         """Whether fewer bytes than the mark are all that there will be.
@@ -346,6 +340,12 @@ class Stream(Channel):
         poll = select.poll()
         poll.register(self._sock, select.POLLIN if tcp else getattr(select, "POLLRDHUP", 0))
         return bool(poll.poll(0))
+
+    async def _until_marked(self) -> None:
+        if not self._registered:
+            self._register()
+        self._watch.dry(self._sock.fileno())
+        await self._readable()
 
     # -- writing
 

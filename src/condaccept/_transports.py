@@ -110,7 +110,7 @@ async def attach(
         await asyncio.wait([attaching])
     except asyncio.CancelledError:
         attachment.abort()
-        attaching.add_done_callback(asyncio.Task.exception)  # which nobody waits for
+        attaching.add_done_callback(disregard)
         raise
     finally:
         attachment.attaching = None
@@ -119,6 +119,12 @@ async def attach(
     if relay.refused is not None:
         raise relay.refused
     return transport
+
+
+def disregard(attaching: asyncio.Task[Any]) -> None:
+    """Take note of what nobody waits for any more: an exception, mostly that of TLS."""
+    if not attaching.cancelled():
+        attaching.exception()
 
 
 class Relay(asyncio.Protocol):
