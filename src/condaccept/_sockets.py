@@ -215,8 +215,8 @@ class HandedSocket(socket.socket):
     def __del__(self) -> None:
         # In place of the C finalizer, which would close the descriptor: when uvloop's
         # transport and this are collected together, libuv still has it and aborts. Either
-        # loop's transport closes it in the same collection. That may be behind this, and
-        # anywhere in the code of somebody who expects no release there: so that comes later.
+        # loop's transport closes it in the same collection, which may be behind this: so
+        # the release comes later.
         release, self.release = self.release, None
         if release is None:
             return

@@ -325,8 +325,7 @@ class Stream(Channel):
                 raise ValueError(message)
 
     def _unmark(self) -> None:
-        # What came below the mark was told to nobody.
-        self._dry = False
+        # What has come below the mark is told of by this.
         if self._sock.fileno() >= 0:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
