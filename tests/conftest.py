@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import trustme
 import uvloop
 from hypothesis import settings
 
@@ -93,3 +95,25 @@ async def pair(either: Listener[Stream], dial: Dial) -> AsyncIterator[tuple[Stre
     stream = await either.accept()
     yield stream, client
     stream.abort()
+
+
+@pytest.fixture(scope="session")
+def authority() -> trustme.CA:
+    """What signs the certificates of this run."""
+    return trustme.CA()
+
+
+@pytest.fixture(scope="session")
+def server_tls(authority: trustme.CA) -> ssl.SSLContext:
+    """The TLS of a server named localhost."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    return context
+
+
+@pytest.fixture(scope="session")
+def trusting(authority: trustme.CA) -> ssl.SSLContext:
+    """The TLS of a client that trusts it."""
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return context

@@ -252,7 +252,7 @@ async def test_no_room_in_the_watch(
     """A connection of which no stream came was never in the group."""
     group = listener.group("gold")
 
-    def no_stream(*_: object) -> Stream:
+    def no_stream(*_: object, **_options: object) -> Stream:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("condaccept._deciding.Stream", no_stream)
@@ -406,3 +406,20 @@ async def test_a_group_named_after_the_verdict() -> None:
             assert await wire_end(client) == "eof"
         assert (len(group), listener.statistics().failed) == (0, 1)
         assert listener.statistics().streams == 0
+
+
+@pytest.mark.parametrize("how", ["close", "abort"])
+async def test_end_of_those_handed_over(listener: Listener[Stream], dial: Dial, how: str) -> None:
+    """A group's close() and abort() reach the transports that its streams were handed to."""
+    group = listener.group("tenant")
+    client = dial(listener)
+    stream = await listener.accept(into("tenant"))
+    transport, _ = await stream.into_transport(asyncio.Protocol)
+    assert len(group) == 1
+
+    getattr(group, how)()
+
+    assert transport.is_closing()
+    # Not a reset: to abort a transport of the loops is to close it without sending the rest.
+    assert await wire_end(client) == "eof"
+    await until(lambda: not len(group))

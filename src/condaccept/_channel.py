@@ -127,6 +127,8 @@ class Channel:
 
     def __repr__(self) -> str:
         how = "closed" if self._sock.fileno() < 0 else "closing" if self._closing else "open"
+        if self._attachment is not None:
+            how = "handed over"
         return f"<{type(self).__name__} {how} caller={self.caller_id!r}>"
 
     # -- receiving

@@ -650,7 +650,10 @@ class Listener(Generic[T]):
         await self._accepting.wait_closed()
 
     def abort(self) -> None:
-        """Close, abort the streams that were accepted, and cancel the tasks about them."""
+        """Close, abort the streams that were accepted, and cancel the tasks about them.
+
+        Those that were handed over are aborted, too.
+        """
         self.close()
         self._delivery.abort()
         self._deciding.abort_streams()

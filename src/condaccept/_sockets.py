@@ -31,6 +31,7 @@ from condaccept.exceptions import (
 )
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable, Iterable, Sequence
     from ipaddress import IPv4Address
 
@@ -162,8 +163,10 @@ class OwnedSocket(RawSocket):
         self._over()
         return fd
 
-    def hand_over(self, caller_id: Address, owner: object) -> HandedSocket:
-        """Give the descriptor, and the release with it, to a socket for a transport.
+    def hand_over(
+        self, caller_id: Address, owner: object, loop: asyncio.AbstractEventLoop
+    ) -> HandedSocket:
+        """Give the descriptor, and the release with it, to a socket for a transport of *loop*.
 
         *owner* lives as long as the descriptor is open there.
         """
@@ -172,6 +175,7 @@ class OwnedSocket(RawSocket):
         handed.caller_id = caller_id
         handed.owner = owner
         handed.release = release
+        handed.loop = loop
         # Ours never needed the kernel's own flag; a transport's recv does.
         handed.setblocking(False)
         return handed
@@ -204,6 +208,7 @@ class HandedSocket(socket.socket):
     caller_id: Address = None
     owner: object = None
     release: Release | None = None
+    loop: asyncio.AbstractEventLoop
 
     def close(self) -> None:
         """Close the descriptor; then release."""
@@ -229,8 +234,16 @@ class HandedSocket(socket.socket):
 
     def __del__(self) -> None:
         # In place of the C finalizer, which would close the descriptor: when uvloop's
-        # transport and this are collected together, libuv still has it and aborts.
-        self._over()
+        # transport and this are collected together, libuv still has it and aborts. Either
+        # loop's transport closes it in the same collection, which may be behind this: so
+        # the release comes later.
+        release, self.release = self.release, None
+        if release is None:
+            return
+        if self.loop.is_closed():
+            release()
+        else:
+            self.loop.call_soon_threadsafe(release)
 
     def _over(self) -> None:
         if (release := self.release) is not None:

@@ -8,14 +8,15 @@ connection that never has to wait never meets a selector.
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 from asyncio.trsock import TransportSocket
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from condaccept._channel import AT_ONCE, CHUNK, EVENTS, IN_A_ROW, Channel
 from condaccept._events import Event, EventCallback, Signals, Subscription
-from condaccept._pending import PEEK_LIMIT, Peer
-from condaccept._sockets import peer, reset
+from condaccept._pending import PEEK_LIMIT
+from condaccept._sockets import reset
 from condaccept._transports import (
     READER_LIMIT,
     Attachment,
@@ -274,7 +275,7 @@ class Stream(Channel):
 
         Args:
             n: From 0 to 16384, which is a TLS record. Fewer are returned in front of an
-                urgent byte, too.
+                urgent byte, too, and when a receive buffer made small is full of them.
 
         Raises:
             ValueError: *n* is out of these bounds, or more than the receive buffer of the
@@ -295,65 +296,79 @@ class Stream(Channel):
         if self._streak >= IN_A_ROW:
             await self._turn()
         self._streak += 1
-        waited = False
-        while True:
-            if self._broken is not None or self._closing:
-                raise await self._refusal()
-            data = bytes(self._inbox[:n])
-            if self._eof or len(data) == n:
-                return data
-            more = self._look_ahead(n - len(data), last=waited)
-            if more is not None:
-                # The watch may have told of it, and nobody but this call.
-                self._look_again()
-                return data + more
-            if self._broken is None:
-                await self._until_readable(n - len(data))
-                waited = True
-
-    def _look_ahead(self, n: int, *, last: bool) -> bytes | None:
-        """Peek *n* bytes, fewer if no more can come; ``None``: more may, or it failed."""
-        tcp = self._sock.proto == socket.IPPROTO_TCP
-        flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
+        marked = False
         try:
-            data = self._sock.recv(n, flags)
-            if 0 < len(data) < n:
-                if peer(self._sock, tcp=tcp) is not Peer.THERE:
-                    # Whatever came between the two looks is the last there is.
-                    return self._sock.recv(n, flags)
-                # The kernel has said that n bytes are there: it is an urgent byte that ends
-                # the peek. To wait once more would be to spin.
-                return data if last and tcp else None
+            while True:
+                if self._broken is not None or self._closing:
+                    raise await self._refusal()
+                data = self._look_ahead(n)
+                if data is None and self._broken is None:
+                    marked = True
+                    await self._mark(n - len(self._inbox))
+                    if self._no_more():
+                        data = self._look_ahead(n, last=True)
+                if data is not None:
+                    # The watch may have told of it, and nobody but this call.
+                    self._look_again()
+                    return data
+                if self._broken is None:
+                    await self._until_marked()
+        finally:
+            if marked:
+                self._unmark()
+
+    def _look_ahead(self, n: int, *, last: bool = False) -> bytes | None:
+        """Return *n* bytes; ``None``: there are fewer, and not the *last*, or it failed."""
+        data = bytes(self._inbox[:n])
+        missing = n - len(data)
+        if self._eof or not missing:
+            return data
+        try:
+            more = self._sock.recv(missing, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
             return None
         except OSError as error:
             self._break(error)
             return None
-        if not data and self._peer_error is not None:
+        if not more and self._peer_error is not None:
             self._break(self._peer_error)
             return None
-        return data
+        return data + more if last or not 0 < len(more) < missing else None
 
-    async def _until_readable(self, n: int) -> None:
-        """Wait until *n* bytes can be received, or no more will come."""
-        option = socket.SOL_SOCKET, socket.SO_RCVLOWAT
-        # Without it a caller who sends byte by byte wakes this call for each. A Unix socket
-        # takes the mark and does not keep to it.
-        self._sock.setsockopt(*option, n)
-        try:
-            if self._sock.getsockopt(*option) < n:
+    async def _mark(self, n: int) -> None:
+        """Have the kernel tell of *n* bytes only, or of the end.
+
+        Without it a caller who sends byte by byte would wake a peek for each. A Unix socket
+        takes the mark and does not keep to it.
+        """
+        if self._sock.proto == socket.IPPROTO_TCP:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, n)
+            if self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) < n:
                 await self._turn()
                 message = f"the receive buffer of this socket does not hold {n} bytes"
                 raise ValueError(message)
-            if not self._registered:
-                self._register()
-            self._watch.dry(self._sock.fileno())
-            await self._readable()
-        finally:
-            if self._sock.fileno() >= 0:
-                self._sock.setsockopt(*option, 1)
-            # What came below the mark was told to nobody.
-            self._dry = False
+
+    def _unmark(self) -> None:
+        # What has come below the mark is told of by this.
+        if self._sock.fileno() >= 0:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+
+    def _no_more(self) -> bool:
+        """Whether fewer bytes than the mark are all that there will be.
+
+        If so, a TCP socket is readable in spite of it: at the end of the stream, with a full
+        receive buffer, or when enough has come but an urgent byte stands in front of it.
+        """
+        tcp = self._sock.proto == socket.IPPROTO_TCP
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN if tcp else getattr(select, "POLLRDHUP", 0))
+        return bool(poll.poll(0))
+
+    async def _until_marked(self) -> None:
+        if not self._registered:
+            self._register()
+        self._watch.dry(self._sock.fileno())
+        await self._readable()
 
     # -- writing
 
@@ -454,13 +469,14 @@ class Stream(Channel):
         """Hand the connection over to a transport of the loop; return that and its protocol.
 
         What was written is sent first. What was received and not read yet goes to the
-        protocol right behind its ``connection_made()``, even if that pauses reading. What
-        was held for the connection is released when the transport has closed it. This
-        stream is closed then, and neither its `close()` nor its `abort()` reaches the
-        transport; those of the listener and of a group do.
+        protocol right behind its ``connection_made()``, even if that pauses reading, unless
+        it closes. What was held for the connection is released when the transport has closed
+        it. This stream counts as closed from now on, and neither its `close()` nor its
+        `abort()` reaches the transport; `Listener.abort()` does.
 
         Args:
-            protocol_factory: Makes the protocol, plain or buffered; called once.
+            protocol_factory: Makes the protocol, plain or buffered; called once, when
+                nothing is unsent.
             ssl: Begin with the server's side of TLS. Bytes that were received by this
                 stream are too late for that: use `peek()` to look at them before.
             ssl_handshake_timeout: Seconds; ``None`` is the loop's own.
@@ -473,11 +489,12 @@ class Stream(Channel):
             RuntimeError: Another task is reading this stream; or `write_eof()` was called;
                 or *ssl* is given and bytes were received. The stream is as it was.
             ConnectionAbortedError: The stream was closed by this side, or handed over.
-            OSError: The connection failed.
+            OSError: The connection failed, or was aborted with the listener.
             ssl.SSLError, ConnectionError, TimeoutError: The TLS handshake failed; the
                 connection is closed.
             TypeError, ValueError: An argument is not what it should be.
-            Exception: Whatever *protocol_factory* raised; the stream is as it was.
+            Exception: Whatever *protocol_factory* raised; the stream is as it was. Or
+                whatever ``connection_made()`` raised; the connection is closed.
 
         Cancellation:
             As long as earlier data is being sent the stream stays as it was; after that
@@ -507,10 +524,8 @@ class Stream(Channel):
             message = f"limit is a number of bytes, at least 1, got {limit!r}"
             raise ValueError(message)
         made: list[asyncio.StreamWriter] = []
-        (reader, protocol), _ = await self._prepared(
-            lambda: streams_protocol(bytes(self._inbox), limit, made), tls
-        )
-        await self._attach(protocol, b"", tls)
+        (reader, protocol), data = await self._prepared(lambda: streams_protocol(limit, made), tls)
+        await self._attach(protocol, data, tls)
         return reader, made[0]
 
     async def _prepared(self, factory: Callable[[], R], tls: TlsOptions) -> tuple[R, bytes]:
@@ -523,29 +538,33 @@ class Stream(Channel):
                 await self._turn()
                 message = f"{len(self._inbox)} bytes were received before TLS: peek() at them"
                 raise RuntimeError(message)
-            while self._buffer and not self._closing:
-                await self._wait()
-            if self._peer_error is not None and self._broken is None:
-                self._break(self._peer_error)
-            if self._closing or self._broken is not None:
-                raise await self._refusal()
-            if self._write_eof:
-                await self._turn()
-                message = "a half-closed stream cannot be handed over: write_eof() was called"
-                raise RuntimeError(message)
+            await self._all_sent()
             try:
                 made = factory()
             except Exception:
                 await self._turn()
                 raise
-            if self._closing:
-                raise await self._refusal()
+            # It may have written, or closed.
+            await self._all_sent()
         except BaseException:
             self._gave_up()
             raise
         finally:
             self._reading = False
         return made, bytes(self._inbox)
+
+    async def _all_sent(self) -> None:
+        """Wait until nothing is unsent; raise if the stream cannot be handed over."""
+        while self._buffer and not self._closing and not self._write_eof:
+            await self._wait()
+        if self._peer_error is not None and self._broken is None:
+            self._break(self._peer_error)
+        if self._closing or self._broken is not None:
+            raise await self._refusal()
+        if self._write_eof:
+            await self._turn()
+            message = "a half-closed stream cannot be handed over: write_eof() was called"
+            raise RuntimeError(message)
 
     async def _attach(
         self, protocol: asyncio.BaseProtocol, data: bytes, tls: TlsOptions
@@ -554,7 +573,7 @@ class Stream(Channel):
         if self._registered:
             self._unregister()
         self._closing = True
-        self._attachment = Attachment(self._sock.hand_over(self.caller_id, self))
+        self._attachment = Attachment(self._sock.hand_over(self.caller_id, self, self._loop))
         self._watch.needed.discard(self)
         self._wake_waiters()
         return await attach(self._attachment, protocol, data, tls)
@@ -621,7 +640,7 @@ class Stream(Channel):
             self.abort()
 
     def is_closing(self) -> bool:
-        """Whether `close()` or `abort()` was called."""
+        """Whether `close()` or `abort()` was called, or the connection handed over."""
         return self._closing
 
     # -- besides

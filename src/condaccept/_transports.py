@@ -7,9 +7,10 @@ data: `start_tls()`, `sendfile()` and `set_protocol()` work as on any other.
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import ssl
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from condaccept._sockets import HandedSocket
@@ -39,6 +40,10 @@ def check_tls(
     if context is not None and not isinstance(context, ssl.SSLContext):
         message = f"ssl is an SSLContext or None, got {context!r}"
         raise TypeError(message)
+    if context is not None and context.protocol is ssl.PROTOCOL_TLS_CLIENT:
+        # The loop would find out with the descriptor in nobody's hands.
+        message = "ssl is a context for clients: use PROTOCOL_TLS_SERVER or Purpose.CLIENT_AUTH"
+        raise ValueError(message)
     options = {
         "ssl_handshake_timeout": handshake_timeout,
         "ssl_shutdown_timeout": shutdown_timeout,
@@ -61,28 +66,29 @@ def check_tls(
 class Attachment:
     """A connection in the hands of a transport, as far as it can be ended from here."""
 
-    __slots__ = ("sock", "transport")
+    __slots__ = ("aborted", "attaching", "sock", "transport")
 
     def __init__(self, sock: HandedSocket) -> None:
         self.sock = sock
-        self.transport: asyncio.BaseTransport | None = None
+        self.aborted = False
+        self.attaching: asyncio.Task[Any] | None = None  # a loop has only weak references
+        self.transport: Any = None
 
     def close(self) -> None:
-        """Close the transport; while TLS is being agreed upon, end that."""
+        """Close the transport; while there is none yet, as `abort()`."""
         if self.transport is not None:
             self.transport.close()
         else:
-            self._hang_up()
+            self.abort()
 
     def abort(self) -> None:
-        """Abort the transport; while TLS is being agreed upon, end that."""
-        if isinstance(self.transport, asyncio.WriteTransport):
+        """Abort the transport; while there is none yet, see to it that there will be none."""
+        self.aborted = True
+        if self.transport is not None:
             self.transport.abort()
-        else:
-            self.close()
-
-    def _hang_up(self) -> None:
-        # The descriptor is the transport's to close, which nobody has yet: it sees an end.
+            return
+        # In the TLS handshake there is one underneath, which will close the descriptor, and
+        # which nobody gives to us. It sees an end of the stream.
         try:
             self.sock.shutdown(socket.SHUT_RDWR)
         except OSError:
@@ -101,15 +107,31 @@ async def attach(
         The connection is closed.
     """
     loop = asyncio.get_running_loop()
-    relay = Relay(protocol, data) if data else None
-    # What comes back as the protocol is not used: uvloop's is its own when there is TLS.
-    transport, _ = await loop.connect_accepted_socket(
-        lambda: relay or protocol, attachment.sock, **tls
+    relay = Relay(attachment, protocol, data)
+    # A task of its own, which nobody cancels: uvloop would close the transport and leave a
+    # protocol that was told of the connection without a word of its end.
+    attaching = attachment.attaching = loop.create_task(
+        loop.connect_accepted_socket(lambda: relay, attachment.sock, **tls)
     )
-    attachment.transport = transport
-    if relay is not None:
-        relay.deliver()
+    try:
+        await asyncio.wait([attaching])
+    except asyncio.CancelledError:
+        attachment.abort()
+        attaching.add_done_callback(disregard)
+        raise
+    finally:
+        attachment.attaching = None
+    # What comes back as the protocol is not used: uvloop's is its own when there is TLS.
+    transport: asyncio.Transport = attaching.result()[0]
+    if relay.refused is not None:
+        raise relay.refused
     return transport
+
+
+def disregard(attaching: asyncio.Task[Any]) -> None:
+    """Take note of what nobody waits for any more: an exception, mostly that of TLS."""
+    if not attaching.cancelled():
+        attaching.exception()
 
 
 class Relay(asyncio.Protocol):
@@ -117,40 +139,61 @@ class Relay(asyncio.Protocol):
 
     They are delivered outside `connection_made()`, since uvloop ignores a
     ``pause_reading()`` inside it, and before anything else is.
+
+    Attributes:
+        refused: What `connection_made()` of the protocol raised, or why it was not called.
     """
 
-    def __init__(self, inner: asyncio.BaseProtocol, data: bytes) -> None:
-        self._inner = inner
+    def __init__(self, attachment: Attachment, protocol: asyncio.BaseProtocol, data: bytes) -> None:
+        self._attachment = attachment
+        self._protocol = protocol
         self._data = data
         self._transport: Any = None
+        self.refused: Exception | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport
+        self._attachment.transport = self._transport = transport
+        if self._attachment.aborted:
+            self.refused = ConnectionAbortedError(
+                errno.ECONNABORTED, "the connection was aborted while it was handed over"
+            )
+            self._transport.set_protocol(asyncio.Protocol())  # one that need not know
+            self._transport.abort()
+            return
         # So that the protocol finds itself where it would be without this.
-        self._transport.set_protocol(self._inner)
+        self._transport.set_protocol(self._protocol)
         try:
-            self._inner.connection_made(transport)
-        finally:
+            self._protocol.connection_made(transport)
+        except Exception as error:  # noqa: BLE001 - raised again by attach()
+            # asyncio would go on with a protocol that does not know its transport; uvloop
+            # would keep the connection, unread, until somebody collects the garbage.
+            self.refused = error
+            self._transport.abort()
+            return
+        if transport.is_closing():
+            self._data = b""
+        if self._data:
             # It may have put another one there, which then is the one to get the bytes.
-            self._inner = self._transport.get_protocol()
+            self._protocol = self._transport.get_protocol()
             self._transport.set_protocol(self)
             asyncio.get_running_loop().call_soon(self.deliver)
 
     def deliver(self) -> None:
-        """Give the bytes to the protocol and leave; a second call does nothing."""
+        """Give the bytes to the protocol and leave; does nothing a second time."""
         data, self._data = self._data, b""
         if not data:
             return
-        self._transport.set_protocol(self._inner)
+        if self._transport.get_protocol() is self:
+            self._transport.set_protocol(self._protocol)
         try:
-            feed(self._inner, data)
+            feed(self._transport, data)
         except Exception as error:  # noqa: BLE001 - as a transport does with what a protocol raises
             asyncio.get_running_loop().call_exception_handler(
                 {
                     "message": "a protocol raised on the bytes that were read before it",
                     "exception": error,
                     "transport": self._transport,
-                    "protocol": self._inner,
+                    "protocol": self._protocol,
                 }
             )
             self._transport.abort()
@@ -158,33 +201,37 @@ class Relay(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.deliver()
         if not self._transport.is_closing():
-            feed(self._transport.get_protocol(), data)
+            feed(self._transport, data)
 
     def eof_received(self) -> bool | None:
         self.deliver()
+        if self._transport.is_closing():
+            return None
         kept: bool | None = self._transport.get_protocol().eof_received()
         return kept
 
     def pause_writing(self) -> None:
-        self._inner.pause_writing()
+        self._protocol.pause_writing()
 
     def resume_writing(self) -> None:
-        self._inner.resume_writing()
+        self._protocol.resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        # Whatever ended it came behind the bytes.
         self.deliver()
         self._transport.get_protocol().connection_lost(exc)
 
 
-def feed(protocol: asyncio.BaseProtocol, data: bytes) -> None:
-    """Give *data* to a protocol of either kind."""
-    if not isinstance(protocol, asyncio.BufferedProtocol):
-        cast("asyncio.Protocol", protocol).data_received(data)
-        return
+def feed(transport: Any, data: bytes) -> None:
+    """Give *data* to the protocol of *transport* as that would, until it closes."""
     rest = memoryview(data)
-    while rest:
-        buffer = protocol.get_buffer(len(rest))
-        room = memoryview(buffer).cast("B")
+    closing = transport.is_closing()  # by the other end, or by the listener's abort()
+    while rest and transport.is_closing() is closing:
+        protocol = transport.get_protocol()
+        if not isinstance(protocol, asyncio.BufferedProtocol):
+            protocol.data_received(bytes(rest))
+            return
+        room = memoryview(protocol.get_buffer(len(rest))).cast("B")
         n = min(len(room), len(rest))
         if not n:
             message = "get_buffer() returned an empty buffer"
@@ -195,17 +242,11 @@ def feed(protocol: asyncio.BaseProtocol, data: bytes) -> None:
 
 
 def streams_protocol(
-    data: bytes, limit: int, made: list[asyncio.StreamWriter]
+    limit: int, made: list[asyncio.StreamWriter]
 ) -> tuple[asyncio.StreamReader, asyncio.StreamReaderProtocol]:
-    """Return a reader that begins with *data*, and its protocol.
-
-    When the connection is made the protocol puts the writer into *made*.
-    """
+    """Return a reader and its protocol, which puts the writer into *made*."""
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(limit=limit, loop=loop)
-    if data:
-        # Before there is a transport: no Relay is needed, and none that could be paused.
-        reader.feed_data(data)
     # With a callback, since without one `StreamWriter.start_tls()` takes the client's part.
     protocol = asyncio.StreamReaderProtocol(
         reader, lambda _, writer: made.append(writer), loop=loop
