@@ -394,8 +394,9 @@ async def test_cancelled_drain(pair: Pair) -> None:
 async def test_cancelled_send(pair: Pair) -> None:
     """A cancelled send() sends its data once and whole."""
     stream, client = pair
-    data = pattern(8 * MB)
-    for part in (data[: 4 * MB], data[4 * MB :]):
+    # Each half is more than the kernel takes at once, grown buffers and all.
+    data = pattern(12 * MB)
+    for part in (data[: 6 * MB], data[6 * MB :]):
         task = await parked(stream.send(part))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
