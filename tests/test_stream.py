@@ -1782,7 +1782,8 @@ async def test_nothing_spins(
         stream = await listener.accept()
         await count(told, 1)
         if blocked:
-            fill(stream)
+            # More than all buffers on the way hold: it has to stay blocked.
+            stream.write(bytes(64 * MB))
         if "data" in situation:
             client.sendall(b"data")
         if "end" in situation:

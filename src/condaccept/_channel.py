@@ -325,7 +325,7 @@ class Channel:
                 sent = self._sock.send(self._buffer[:CHUNK], socket.MSG_DONTWAIT)
                 del self._buffer[:sent]
         except BlockingIOError:
-            self._watch.modify(self._sock.fileno(), self._interest())
+            self._watch.full(self._sock.fileno())
         except OSError as error:
             self._break(error)
             if self._closing:
