@@ -248,7 +248,7 @@ class Channel:
             self._watch.dry(self._sock.fileno())
         except OSError as error:
             # The look has cleared it, as above.
-            self._peer_error = error
+            self._peer_error = error.with_traceback(None)
             self._tell_end()
 
     def _peek(self) -> bytes:
@@ -288,8 +288,14 @@ class Channel:
             if stream is not None:
                 stream._ready(events)
 
-        self._watch.register(self._sock.fileno(), self._interest(), ready)
-        self._registered = True
+        try:
+            self._watch.register(self._sock.fileno(), self._interest(), ready)
+        except OSError as error:
+            # The watch of a closed listener may need a new descriptor, and none is free.
+            # Without it nothing would be sent, nor anybody woken, any more.
+            self._break(error)
+        else:
+            self._registered = True
 
     def _unregister(self) -> None:
         self._registered = False
@@ -357,7 +363,9 @@ class Channel:
 
     def _break(self, error: OSError) -> None:
         """Note that the connection failed; every later call raises *error*."""
-        self._broken = error
+        # A reset that an event took from the socket leaves EPIPE for the next call. And the
+        # traceback would keep the callers' frames, with this stream in them, for later.
+        self._broken = (self._peer_error or error).with_traceback(None)
         self._unsent = bool(self._buffer)
         self._buffer.clear()
         self._blocked = False

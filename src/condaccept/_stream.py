@@ -260,11 +260,13 @@ class Stream(Channel):
                 pass
             except OSError as error:
                 self._break(error)
-                raise self._why_not() from error
+                raise self._why_not() from self._broken
         if sent < len(data):
             self._buffer += memoryview(data)[sent:]
             self._paused = self._paused or len(self._buffer) > HIGH
             self._block()
+            if self._broken is not None:
+                raise self._why_not()
 
     async def drain(self) -> None:
         """Wait until little enough is unsent: from above 64 KiB down to 16 KiB.
