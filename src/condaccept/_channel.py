@@ -68,6 +68,7 @@ class Channel:
         "_signals",
         "_sock",
         "_streak",
+        "_turned",
         "_unsent",
         "_waiters",
         "_watch",
@@ -109,6 +110,7 @@ class Channel:
         self._peer_error: OSError | None = None  # SO_ERROR, once taken
         self._ended = False  # CLOSE was told, or would have been
         self._streak = 0
+        self._turned = False  # a call was cancelled in the turn it gave the loop
         self._signals: Signals | None = None
         if inherited:
             mine = [each for each in inherited if any(map(each.wants, EVENTS))]
@@ -401,7 +403,16 @@ class Channel:
 
     async def _turn(self) -> None:
         self._streak = 0
-        await asyncio.sleep(0)
+        if self._turned:
+            self._turned = False
+            return
+        try:
+            await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            # Its turn counts for the next call: under a timeout of nothing, none would
+            # ever come to raise.
+            self._turned = True
+            raise
 
     async def _wait(self) -> None:
         waiter = self._loop.create_future()
