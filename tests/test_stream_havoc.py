@@ -116,12 +116,13 @@ class ReadLine:
 
 Call: TypeAlias = Read | ReadExactly | ReadUntil | ReadLine
 AMOUNTS: Final = [0, 1, 3, 100, 5000, 70_000]
+LIMITS: Final = [1, 2, 3, 5, 8, 13, 50, 200_000]
 SEPARATORS: Final = [b"\n", b"\r\n", b"ba", b"aab"]
 READS: Final[dict[str, Callable[[random.Random], Call]]] = {
     "read": lambda rng: Read(rng.choice(AMOUNTS)),
     "all": lambda _: Read(-1),
     "readexactly": lambda rng: ReadExactly(rng.choice(AMOUNTS)),
-    "readuntil": lambda rng: ReadUntil(rng.choice(SEPARATORS), rng.choice([3, 50, 200_000])),
+    "readuntil": lambda rng: ReadUntil(rng.choice(SEPARATORS), rng.choice(LIMITS)),
     "readline": lambda _: ReadLine(),
 }
 
@@ -148,6 +149,7 @@ class Havoc:
         self.wrote_eof = False
         self.closed = False
         self.whole = True  # nothing has happened that may cost bytes on their way
+        self.draining = 0  # calls that wait for room
         # Who subscribed is owed a READ for what waits, once after each read.
         self.told: list[tuple[Event, OSError | None]] = []
         self.subscribed = False
@@ -166,7 +168,7 @@ class Havoc:
         """Send what the kernel takes of a random piece."""
         if self.shut or self.gone:
             return
-        data = self.data([1, 2, 5, 30, 100, 1000, 30_000])
+        data = self.data([1, 1, 2, 2, 5, 5, 30, 100, 1000, 30_000])
         try:
             sent = self.client.send(data)
         except BlockingIOError:
@@ -314,18 +316,23 @@ class Havoc:
         if self.writable():
             data = self.data([0, 1, 5000, 100_000, 400_000])
             self.ours += data
-            try:
-                await self.stream.send(data)
-            except OSError as error:
-                self.judge(error)
+            await self.drains(lambda: self.stream.send(data))
 
     def starts_to_drain(self) -> None:
         """Start a drain()."""
-        self.start(lambda: self.waits(self.stream.drain))
+        self.start(lambda: self.drains(self.stream.drain))
 
     def starts_to_wait(self) -> None:
         """Start a wait_closed()."""
         self.start(lambda: self.waits(self.stream.wait_closed))
+
+    async def drains(self, call: Callable[[], Awaitable[None]]) -> None:
+        """Wait for room, for as long as there is none."""
+        self.draining += 1
+        try:
+            await self.waits(call)
+        finally:
+            self.draining -= 1
 
     async def waits(self, call: Callable[[], Awaitable[None]]) -> None:
         """Wait for this side."""
@@ -373,7 +380,7 @@ class Havoc:
             self.rng.choice(self.tasks).cancel()
 
     async def settles(self) -> None:
-        """See whoever can go on go on: a read, the flush, those to be told of data."""
+        """See go on whoever can: the flush, who waits for it, a read, who is to be told."""
         stream = self.stream
 
         def over() -> bool:
@@ -384,6 +391,7 @@ class Havoc:
             return not stream._buffer or self.gone or stream._sock.fileno() < 0
 
         await until(flushed)
+        await until(lambda: over() or not self.draining)
         await until(lambda: over() or not stream._reading or not unread(stream))
         if self.subscribed and not stream._reading and not self.at_end:
             await until(
@@ -403,9 +411,9 @@ class Havoc:
             self.starts_to_drain: 1,
             self.starts_to_wait: 0.3,
             self.writes_eof: 0.2,
-            self.closes: 0.15,
-            self.aborts: 0.1,
-            self.subscribes: 0.3,
+            self.closes: 0.2,
+            self.aborts: 0.2,
+            self.subscribes: 1,
             self.cancels: 5,
         }
         weights = [weight * self.rng.choice([0.5, 1, 2]) for weight in actions.values()]
@@ -415,7 +423,7 @@ class Havoc:
                 action()
             self.tasks = [each for each in self.tasks if not each.done() or self.failed(each)]
             await turns(self.rng.randrange(3))
-            if self.rng.random() < 0.04:
+            if self.rng.random() < 0.1:
                 await self.settles()
         await self.finish()
 
@@ -431,10 +439,13 @@ class Havoc:
         if self.rng.random() < 0.5:
             self.writes_eof()
         if not self.closed:
-            for task in self.tasks:
-                task.cancel()
-            await asyncio.gather(*self.tasks, return_exceptions=True)
+            if self.rng.random() < 0.5:
+                for task in self.tasks:
+                    task.cancel()
+            await until(lambda: not (self.draining or self.stream._reading))
             await self.reads("all")
+            if self.wrote_eof:
+                await hearing
             assert self.at_end or self.gone
             self.closes()
         await self.waits(self.stream.wait_closed)

@@ -242,16 +242,16 @@ class Stream(Channel):
             ConnectionAbortedError: The stream was closed by this side.
             OSError: The connection failed, now or when earlier data was sent.
         """
-        if self._broken is not None or self._closing:
-            raise self._why_not()
-        if self._write_eof:
-            message = "write() was called after write_eof()"
-            raise RuntimeError(message)
         if isinstance(data, memoryview):
             data = data.cast("B")
         elif not isinstance(data, (bytes, bytearray)):
             message = f"write() takes bytes, a bytearray or a memoryview, got {data!r:.50}"
             raise TypeError(message)
+        if self._broken is not None or self._closing:
+            raise self._why_not()
+        if self._write_eof:
+            message = "write() was called after write_eof()"
+            raise RuntimeError(message)
         sent = 0
         if not self._buffer:
             try:
@@ -323,7 +323,9 @@ class Stream(Channel):
     def close(self) -> None:
         """Close: what is unsent goes out in the background, then the end of the stream.
 
-        A second call does nothing.
+        A second call does nothing. If something has come that nobody read, the kernel
+        resets the peer, which may lose what was still on its way there: read up to the end
+        of the stream first where that matters.
         """
         if self._closing:
             return
