@@ -149,7 +149,7 @@ class Channel:
                 self._watch.dry(self._sock.fileno())
             else:
                 # No edge is told of what came before it, so once more.
-                self._register()
+                self._register_or_break()
             return None
         except OSError as error:
             self._break(error)
@@ -290,14 +290,16 @@ class Channel:
             if stream is not None:
                 stream._ready(events)
 
+        self._watch.register(self._sock.fileno(), self._interest(), ready)
+        self._registered = True
+
+    def _register_or_break(self) -> None:
         try:
-            self._watch.register(self._sock.fileno(), self._interest(), ready)
+            self._register()
         except OSError as error:
             # The watch of a closed listener may need a new descriptor, and none is free.
             # Without it nothing would be sent, nor anybody woken, any more.
             self._break(error)
-        else:
-            self._registered = True
 
     def _unregister(self) -> None:
         self._registered = False
@@ -325,7 +327,7 @@ class Channel:
         if self._registered:
             self._watch.modify(self._sock.fileno(), self._interest())
         else:
-            self._register()
+            self._register_or_break()
 
     def _flush(self) -> None:
         try:
