@@ -393,10 +393,13 @@ class Havoc:
         await until(flushed)
         await until(lambda: over() or not self.draining)
         await until(lambda: over() or not stream._reading or not unread(stream))
-        if self.subscribed and not stream._reading and not self.at_end:
-            await until(
-                lambda: over() or self.knows or not (stream._inbox or unread(stream)),
-            )
+
+        def owed() -> bool:
+            # A call that was started before may begin to read only now.
+            waits = bool(stream._inbox or unread(stream)) and not stream._reading
+            return self.subscribed and waits and not (self.knows or self.at_end)
+
+        await until(lambda: over() or not owed())
 
     async def run(self) -> None:
         """Do all that, then end it."""
