@@ -8,7 +8,6 @@ import copy
 import errno
 import os
 import pickle
-import resource
 import socket
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -123,32 +122,6 @@ def must_not_be_asked(pending: PendingTransport) -> AnyVerdict:
 def scripted(*script: OSError | None) -> Listener[Stream]:
     """Return a listener whose accept(2) fails by script."""
     return Listener.from_socket(ScriptedSocket(socket.create_server(("127.0.0.1", 0)), script))
-
-
-@pytest.fixture
-def exhaust() -> Iterator[Callable[[], Callable[[], None]]]:
-    """Take every free descriptor of this process; the result gives them back."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    held: list[int] = []
-
-    def give_back() -> None:
-        while held:
-            os.close(held.pop())
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-    def take_all() -> Callable[[], None]:
-        highest = max(int(fd) for fd in os.listdir("/proc/self/fd"))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
-        for _ in range(highest + 2):
-            try:
-                held.append(os.open(os.devnull, os.O_RDONLY))
-            except OSError as error:
-                assert error.errno == errno.EMFILE  # noqa: PT017 - a loop that ends this way
-                return give_back
-        pytest.fail("there is no end of descriptors")
-
-    yield take_all
-    give_back()
 
 
 # -- the table

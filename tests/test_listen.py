@@ -9,6 +9,7 @@ import gc
 import os
 import socket
 import struct
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ from condaccept import (
     listen,
 )
 from tests.support import (
+    LIMIT,
     Condition,
     Dial,
     accept,
@@ -692,6 +694,45 @@ async def test_unix_caller(unix: Listener[Stream], dial: Dial) -> None:
     assert stream.caller_id == ""
     assert stream.get_extra_info("peername") == ""
     stream.close()
+
+
+CONNECT_AS = """
+import os, socket, sys
+os.setgid(int(sys.argv[2])), os.setuid(int(sys.argv[3]))
+client = socket.socket(socket.AF_UNIX)
+client.connect("\\0" + sys.argv[1])
+sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left", [False, True])
+async def test_credentials_of_another_process(*, left: bool) -> None:
+    """A Unix caller's credentials are those of the process that connected, gone or not."""
+    root = os.getuid() == 0
+    gid, uid = (4322, 4321) if root else (os.getgid(), os.getuid())
+    name = f"condaccept-credentials-{os.getpid()}"
+    seen: list[Any] = []
+
+    def condition(pending: PendingTransport) -> AnyVerdict:
+        seen.append(pending.credentials)
+        return DEFER if len(seen) == 1 else ACCEPT
+
+    async with asyncio.timeout(LIMIT), await listen(path=f"\0{name}") as listener:
+        child = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-c", CONNECT_AS, name, str(gid), str(uid)),
+            stdin=asyncio.subprocess.PIPE,
+        )
+        await listener.wait_pending()
+        if left:
+            await child.communicate(b"")
+        with pytest.raises(ConnectionDeferredError):
+            await listener.accept(condition)
+        if not left:
+            await child.communicate(b"")
+        stream = await listener.accept(condition)
+        assert seen == [Credentials(child.pid, uid, gid)] * 2
+        stream.close()
 
 
 async def test_tcp_caller_has_no_credentials(listener: Listener[Stream], dial: Dial) -> None:

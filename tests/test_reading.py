@@ -430,6 +430,37 @@ async def test_cancelled_at_every_step(pair: Pair, seed: int) -> None:
     assert await stream.read() == b""
 
 
+@every_keeping_call
+async def test_end_under_a_timeout_of_nothing(pair: Pair, call: Call) -> None:
+    """The end of the stream, and a reset, are told to calls that have no time to wait."""
+    stream, client = pair
+    client.sendall(b"abc")
+    client.shutdown(socket.SHUT_WR)
+    assert await next_ending(lambda: call(stream)) in (
+        ("returned", b"abc"),
+        ("incomplete", b"abc", None),
+        ("incomplete", b"abc", 100),
+    )
+    stream.write(b"x")
+    reset(client)
+    for refused in (lambda: call(stream), lambda: stream.send(b"x"), stream.drain):
+        with pytest.raises(ConnectionError):
+            stream.write(b"y")
+        with pytest.raises(ConnectionError):
+            await next_ending(refused)
+
+
+async def next_ending(call: Callable[[], Awaitable[Any]]) -> Outcome:
+    """Return what a call ends with that is cancelled a few times when it waits."""
+    for _ in range(3):
+        try:
+            async with asyncio.timeout(0):
+                return await outcome(call)
+        except TimeoutError:
+            await turns(3)
+    return ("timed out",)
+
+
 # -- two readers
 
 

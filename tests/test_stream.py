@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import errno
 import gc
 import random
 import socket
 import threading
+import traceback
+import weakref
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
@@ -457,9 +460,13 @@ async def test_written_data_may_change(pair: Pair, *, blocked: bool) -> None:
 
 
 @pytest.mark.parametrize("blocked", [False, True])
-@pytest.mark.parametrize("data", ["text", None, 5, array.array("I", [1, 2])], ids=type)
+@pytest.mark.parametrize(
+    "data",
+    ["text", None, 5, array.array("I", [1, 2]), memoryview(b"abcdef")[::2], [b"x"]],
+    ids=type,
+)
 async def test_write_of_something_else(pair: Pair, data: Any, *, blocked: bool) -> None:
-    """What is no bytes is a TypeError, and nothing of it is sent."""
+    """What is no bytes, or not in one piece, is a TypeError, and nothing of it is sent."""
     stream, client = pair
     before = fill(stream) if blocked else 0
     unsent = len(stream._buffer)
@@ -497,7 +504,145 @@ async def test_each_error_is_a_new_one(pair: Pair) -> None:
     assert caught[0].__cause__ is caught[1].__cause__
 
 
+async def test_writes_of_nothing(pair: Pair) -> None:
+    """Writing nothing, of whatever kind, sends nothing, and is refused where bytes would be."""
+    stream, client = pair
+    for nothing in (b"", bytearray(), memoryview(b""), memoryview(array.array("d"))):
+        stream.write(nothing)
+        await stream.send(nothing)
+    assert wire(client) == "open"
+    before = fill(stream)
+    unsent = len(stream._buffer)
+    stream.write(b"")
+    stream.write(memoryview(b"abc")[3:])
+    assert len(stream._buffer) == unsent
+    stream.write_eof()
+    with pytest.raises(RuntimeError, match="write_eof"):
+        stream.write(b"")
+    with pytest.raises(TypeError):
+        stream.write("")  # type: ignore[arg-type]
+    assert len(await asyncio.to_thread(receive, client, before + 1)) == before
+
+
+@pytest.mark.parametrize("call", ["send", "drain"])
+async def test_timeout_while_sending(pair: Pair, call: str) -> None:
+    """A timeout in the middle of a send() or drain() loses and repeats nothing."""
+    stream, client = pair
+    data = pattern(8 * MB)
+
+    async def write_and_drain() -> None:
+        stream.write(data)
+        await stream.drain()
+
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0):
+            await (stream.send(data) if call == "send" else write_and_drain())
+    assert stream._waiters == []
+    stream.write(b"more")
+    hearing = asyncio.ensure_future(asyncio.to_thread(receive, client, len(data) + 5))
+    await stream.drain()
+    stream.close()
+    assert await hearing == data + b"more"
+
+
+async def test_an_event_that_took_the_reset(pair: Pair) -> None:
+    """After CLOSE told of a reset, calls blame the peer's reset, not a broken pipe."""
+    stream, client = pair
+    told: Told = []
+    stream.on(Event.CLOSE, teller(told))
+    reset(client)
+    await count(told, 1)
+    with pytest.raises(ConnectionResetError) as caught:
+        stream.write(b"x")
+    assert isinstance(caught.value.__cause__, ConnectionResetError)
+    with pytest.raises(ConnectionResetError):
+        await stream.read(10)
+    with pytest.raises(ConnectionResetError):
+        await stream.drain()
+    await count(told, 1)
+
+
+async def test_tracebacks_do_not_pile_up(pair: Pair) -> None:
+    """However often calls raise, what they raise has no more to show than the first time."""
+    stream, client = pair
+    reset(client)
+
+    async def depth() -> int:
+        with pytest.raises(ConnectionResetError) as caught:
+            await stream.read(10)
+        formatted = traceback.format_exception(caught.value)
+        assert "direct cause" in "".join(formatted)
+        return len(formatted)
+
+    await depth()  # the one that meets the reset
+    assert await depth() == await depth() == await depth()
+    with pytest.raises(ConnectionResetError) as caught:
+        stream.write(b"x")
+    assert isinstance(caught.value.__cause__, ConnectionResetError)
+    assert caught.value.__cause__.__traceback__ is None
+
+
+@pytest.mark.parametrize("how", ["read", "write", "event"])
+async def test_failed_stream_keeps_nobody_alive(pair: Pair, how: str) -> None:
+    """What a call had at hand when the connection failed is free when the call is over."""
+    stream, client = pair
+    told: Told = []
+    if how == "event":
+        stream.on(Event.CLOSE, lambda *_: told.append(None))  # type: ignore[arg-type]
+    reset(client)
+    if how == "event":
+        await count(told, 1)
+
+    class Thing:
+        """What a handler has."""
+
+    async def handler() -> weakref.ref[Thing]:
+        mine = Thing()
+        with contextlib.suppress(ConnectionResetError):
+            stream.write(b"x") if how == "write" else await stream.read(10)
+        return weakref.ref(mine)
+
+    gc.disable()
+    try:
+        assert (await handler())() is None
+    finally:
+        gc.enable()
+
+
 # -- half-close
+
+
+async def test_half_close_while_the_peer_sends(pair: Pair) -> None:
+    """After write_eof() this side goes on reading, however much comes."""
+    stream, client = pair
+    data = pattern(2 * MB)
+    stream.write(b"question")
+    stream.write_eof()
+
+    def answer() -> None:
+        assert receive(client, 100) == b"question"
+        client.sendall(data)
+        client.shutdown(socket.SHUT_WR)
+
+    answering = asyncio.ensure_future(asyncio.to_thread(answer))
+    assert await stream.read() == data
+    await answering
+
+
+async def test_half_close_by_the_peer_while_this_side_sends(pair: Pair) -> None:
+    """What is unsent when the peer ends its direction follows, whole and in order."""
+    stream, client = pair
+    data = pattern(8 * MB)
+    client.sendall(b"question")
+    task = await parked(stream.send(data))
+    client.shutdown(socket.SHUT_WR)
+    assert await stream.read() == b"question"
+    await turns()
+    assert not task.done()
+    stream.close()
+    assert await asyncio.to_thread(receive, client, len(data) + 1) == data
+    await task
+    await stream.wait_closed()
 
 
 async def test_half_close_by_this_side(pair: Pair) -> None:
@@ -1163,6 +1308,101 @@ async def test_stream_of_a_closed_listener_registers_late(dial: Dial) -> None:
     assert descriptors() == before
 
 
+@pytest.mark.parametrize("watch", [EpollWatch, ReaderWatch])
+async def test_forgotten_while_it_flushes(
+    dial: Dial, watch: type[EpollWatch | ReaderWatch]
+) -> None:
+    """What is unsent at close() goes out though listener and stream are both forgotten."""
+    before = descriptors()
+    sock = socket.create_server(("127.0.0.1", 0))
+    data = pattern(8 * MB)
+
+    async def serve() -> tuple[socket.socket, weakref.ref[Stream]]:
+        listener: Listener[Stream] = Listener(
+            lambda loop, watch: HandshakeGate(loop, watch, [sock]), watch=watch
+        )
+        client = dial(listener)
+        stream = await listener.accept()
+        stream.write(data)
+        stream.close()
+        listener.close()
+        await listener.wait_closed()
+        return client, weakref.ref(stream)
+
+    client, stream = await serve()
+    gc.collect()
+    assert receive(client, 1000) == data[:1000]
+    assert await asyncio.to_thread(receive, client, len(data)) == data[1000:]
+    client.close()
+    await until(lambda: descriptors() == before)
+    gc.collect()
+    assert stream() is None
+
+
+@pytest.mark.parametrize("how", ["write", "read"])
+async def test_no_descriptor_for_a_stream_that_waits(
+    dial: Dial, exhaust: Callable[[], Callable[[], None]], how: str
+) -> None:
+    """A stream of a closed listener that cannot wait fails, and says that no descriptor is free."""
+    before = descriptors()
+    listener = await listen("127.0.0.1", 0)
+    client = dial(listener)
+    stream = await listener.accept()
+    listener.close()
+    await listener.wait_closed()
+    assert descriptors() == before + 2
+    give_back = exhaust()
+    with pytest.raises(OSError, match="Too many open files"):
+        stream.write(bytes(8 * MB)) if how == "write" else await stream.read(10)
+    assert await longest_run(lambda: stream.read(10)) == 0
+    for call in (stream.drain, stream.read):
+        with pytest.raises(OSError, match="Too many open files"):
+            await call()
+    give_back()
+    stream.close()
+    assert stream._sock.fileno() < 0
+    if how == "write":
+        with pytest.raises(OSError, match="Too many open files"):
+            await stream.wait_closed()
+    await stream_is_forgotten(stream)
+    client.close()
+    assert descriptors() == before
+
+
+async def stream_is_forgotten(stream: Stream) -> None:
+    """Check that the watch keeps nothing of a stream that is closed."""
+    await turns()
+    assert not stream._watch.needed
+    assert not stream._watch._callbacks  # type: ignore[attr-defined]
+
+
+async def test_no_descriptor_for_others(
+    pair: Pair, exhaust: Callable[[], Callable[[], None]]
+) -> None:
+    """A stream of an open listener goes on, waiting too, while no descriptor is free."""
+    stream, client = pair
+    give_back = exhaust()
+    try:
+        reading = await parked(stream.read(10))
+        client.sendall(b"ping")
+        assert await reading == b"ping"
+        written = fill(stream)
+        stream.close()
+        client.setblocking(False)
+        got = 0
+
+        def hear() -> bool:
+            nonlocal got
+            with contextlib.suppress(BlockingIOError):
+                got += len(client.recv(65536))
+            return got == written and stream._sock.fileno() < 0
+
+        await until(hear)
+    finally:
+        give_back()
+    await stream.wait_closed()
+
+
 async def test_listener_abort(either: Listener[Stream], dial: Dial) -> None:
     """Listener.abort() closes the listener and resets its streams and its pending ones."""
     clients = [dial(either) for _ in range(5)]
@@ -1225,6 +1465,50 @@ async def test_inherited_options(dial: Dial) -> None:
         assert not option(stream, socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert not option(stream, socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         stream.close()
+
+
+OPTIONS = [
+    (socket.SOL_SOCKET, getattr(socket, name))
+    for name in (
+        *("SO_RCVLOWAT", "SO_SNDLOWAT", "SO_SNDBUF", "SO_KEEPALIVE", "SO_OOBINLINE"),
+        *("SO_REUSEADDR", "SO_REUSEPORT", "SO_PRIORITY", "SO_MARK", "SO_DONTROUTE"),
+    )
+] + [
+    (socket.IPPROTO_TCP, getattr(socket, name))
+    for name in (
+        *("TCP_CORK", "TCP_DEFER_ACCEPT", "TCP_KEEPCNT", "TCP_KEEPIDLE", "TCP_KEEPINTVL"),
+        *("TCP_LINGER2", "TCP_SYNCNT", "TCP_USER_TIMEOUT", "TCP_NOTSENT_LOWAT", "TCP_NODELAY"),
+    )
+]
+
+
+async def test_other_options_are_untouched(pair: Pair) -> None:
+    """Waiting, reading and writing leave every option of the socket as the user set it."""
+    stream, client = pair
+    sock = stream.get_extra_info("socket")
+    chosen = [
+        (socket.SOL_SOCKET, socket.SO_RCVLOWAT, 3),
+        (socket.SOL_SOCKET, socket.SO_SNDBUF, 100_000),
+        (socket.SOL_SOCKET, socket.SO_PRIORITY, 2),
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 0),
+        (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 90_000),
+        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 7000),
+    ]
+    for each in chosen:
+        sock.setsockopt(*each)
+    before = [sock.getsockopt(*each) for each in OPTIONS]
+    linger = sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)
+    task = await parked(stream.read(10))
+    client.sendall(b"abc")
+    assert await task == b"abc"
+    data = pattern(MB)
+    task = await parked(stream.send(data))
+    assert await asyncio.to_thread(receive, client, len(data)) == data
+    await task
+    client.shutdown(socket.SHUT_WR)
+    assert await stream.readline() == b""
+    assert [sock.getsockopt(*each) for each in OPTIONS] == before
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8) == linger
 
 
 async def test_option_set_after_clients_were_queued(listener: Listener[Stream], dial: Dial) -> None:
@@ -1777,7 +2061,8 @@ async def test_nothing_spins(
         stream = await listener.accept()
         await count(told, 1)
         if blocked:
-            fill(stream)
+            # More than all buffers on the way hold: it has to stay blocked.
+            stream.write(bytes(16 * MB))
         if "data" in situation:
             client.sendall(b"data")
         if "end" in situation:

@@ -72,6 +72,7 @@ class Channel:
         "_sock",
         "_started",
         "_streak",
+        "_turned",
         "_unsent",
         "_waiters",
         "_watch",
@@ -118,6 +119,7 @@ class Channel:
         self._started: Callable[[], object] | None = None
         self._attachment: Attachment | None = None  # where the connection went
         self._streak = 0
+        self._turned = False  # a call was cancelled in the turn it gave the loop
         self._signals: Signals | None = None
         if inherited:
             mine = [each for each in inherited if any(map(each.wants, EVENTS))]
@@ -160,7 +162,7 @@ class Channel:
                 self._watch.dry(self._sock.fileno())
             else:
                 # No edge is told of what came before it, so once more.
-                self._register()
+                self._register_or_break()
             return None
         except OSError as error:
             self._break(error)
@@ -267,7 +269,7 @@ class Channel:
             self._watch.dry(self._sock.fileno())
         except OSError as error:
             # The look has cleared it, as above.
-            self._peer_error = error
+            self._peer_error = error.with_traceback(None)
             self._tell_end()
         return None
 
@@ -329,6 +331,14 @@ class Channel:
         self._watch.register(self._sock.fileno(), self._interest(), ready)
         self._registered = True
 
+    def _register_or_break(self) -> None:
+        try:
+            self._register()
+        except OSError as error:
+            # The watch of a closed listener may need a new descriptor, and none is free.
+            # Without it nothing would be sent, nor anybody woken, any more.
+            self._break(error)
+
     def _unregister(self) -> None:
         self._registered = False
         self._watch.unregister(self._sock.fileno())
@@ -356,7 +366,7 @@ class Channel:
         if self._registered:
             self._watch.modify(self._sock.fileno(), self._interest())
         else:
-            self._register()
+            self._register_or_break()
 
     def _flush(self) -> None:
         try:
@@ -364,7 +374,7 @@ class Channel:
                 sent = self._sock.send(self._buffer[:CHUNK], socket.MSG_DONTWAIT)
                 del self._buffer[:sent]
         except BlockingIOError:
-            self._watch.modify(self._sock.fileno(), self._interest())
+            self._watch.full(self._sock.fileno())
         except OSError as error:
             self._break(error)
             if self._closing:
@@ -397,7 +407,9 @@ class Channel:
 
     def _break(self, error: OSError) -> None:
         """Note that the connection failed; every later call raises *error*."""
-        self._broken = error
+        # A reset that an event took from the socket leaves EPIPE for the next call. And the
+        # traceback would keep the callers' frames, with this stream in them, for later.
+        self._broken = (self._peer_error or error).with_traceback(None)
         self._unsent = bool(self._buffer)
         self._buffer.clear()
         self._blocked = False
@@ -436,7 +448,16 @@ class Channel:
 
     async def _turn(self) -> None:
         self._streak = 0
-        await asyncio.sleep(0)
+        if self._turned:
+            self._turned = False
+            return
+        try:
+            await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            # Its turn counts for the next call: under a timeout of nothing, none would
+            # ever come to raise.
+            self._turned = True
+            raise
 
     async def _wait(self) -> None:
         waiter = self._loop.create_future()

@@ -382,16 +382,16 @@ class Stream(Channel):
             ConnectionAbortedError: The stream was closed by this side.
             OSError: The connection failed, now or when earlier data was sent.
         """
-        if self._broken is not None or self._closing:
-            raise self._why_not()
-        if self._write_eof:
-            message = "write() was called after write_eof()"
-            raise RuntimeError(message)
         if isinstance(data, memoryview):
             data = data.cast("B")
         elif not isinstance(data, (bytes, bytearray)):
             message = f"write() takes bytes, a bytearray or a memoryview, got {data!r:.50}"
             raise TypeError(message)
+        if self._broken is not None or self._closing:
+            raise self._why_not()
+        if self._write_eof:
+            message = "write() was called after write_eof()"
+            raise RuntimeError(message)
         sent = 0
         if not self._buffer:
             try:
@@ -400,11 +400,13 @@ class Stream(Channel):
                 pass
             except OSError as error:
                 self._break(error)
-                raise self._why_not() from error
+                raise self._why_not() from self._broken
         if sent < len(data):
             self._buffer += memoryview(data)[sent:]
             self._paused = self._paused or len(self._buffer) > HIGH
             self._block()
+            if self._broken is not None:
+                raise self._why_not()
 
     async def drain(self) -> None:
         """Wait until little enough is unsent: from above 64 KiB down to 16 KiB.
@@ -583,7 +585,10 @@ class Stream(Channel):
     def close(self) -> None:
         """Close: what is unsent goes out in the background, then the end of the stream.
 
-        A second call does nothing; nor does one on a stream that was handed over.
+        A second call does nothing; nor does one on a stream that was handed over. If
+        something has come that nobody read, the kernel resets the peer, which may lose what
+        was still on its way there: read up to the end of the stream first where that
+        matters.
         """
         if self._closing:
             return

@@ -67,6 +67,9 @@ class Watch(Protocol):
     def dry(self, fd: int) -> None:
         """Note that a read, or an accept, has met EAGAIN."""
 
+    def full(self, fd: int) -> None:
+        """Note that a send has met EAGAIN, on a descriptor that is watched for WRITE."""
+
 
 class EpollWatch:
     """An epoll set of our own, whose descriptor is what the loop sees.
@@ -108,6 +111,12 @@ class EpollWatch:
 
     def dry(self, fd: int) -> None:
         """Nothing to do: the next edge comes by itself."""
+
+    def full(self, fd: int) -> None:
+        """Nothing to do, as above.
+
+        A `modify()` would tell at once of a peer that sends no more: of that for ever.
+        """
 
     def _open(self) -> select.epoll:
         if self._epoll is None:
@@ -174,6 +183,9 @@ class ReaderWatch:
 
     def dry(self, fd: int) -> None:
         self._loop.add_reader(fd, self._readable, fd)
+
+    def full(self, fd: int) -> None:
+        self._loop.add_writer(fd, self._writable, fd)
 
     def _readable(self, fd: int) -> None:
         self._loop.remove_reader(fd)
