@@ -61,14 +61,22 @@ class Load(NamedTuple):
 def measure(
     contestants: Sequence[Contestant], load: Load, cores: Cores, settings: Settings
 ) -> Iterator[Sample]:
-    """Run all rounds; each begins with another contestant, so that no place is anybody's."""
-    for number in range(settings.rounds):
-        print(f"round {number + 1} of {settings.rounds}", file=sys.stderr)
-        first = number % len(contestants)
+    """Run all rounds."""
+    for number, line in in_turn(contestants, settings.rounds):
         for job in JOBS:
-            for contestant in (*contestants[first:], *contestants[:first]):
+            for contestant in line:
                 for sample in _samples(contestant, job, load, cores, settings):
                     yield sample._replace(round=number)
+
+
+def in_turn(
+    contestants: Sequence[Contestant], rounds: int
+) -> Iterator[tuple[int, Sequence[Contestant]]]:
+    """Yield rounds; each begins with another contestant, so that no place is anybody's."""
+    for number in range(rounds):
+        print(f"round {number + 1} of {rounds}", file=sys.stderr)
+        first = number % len(contestants)
+        yield number, (*contestants[first:], *contestants[:first])
 
 
 def _samples(
