@@ -82,6 +82,8 @@ class Row(NamedTuple):
     """Requests per second to those of asyncio's streams on the same loop: the median of the
     ratios within each round, which a slow or fast minute can't shift."""
     cpu_us: float
+    cpu_times_streams: float
+    """The same ratio of the CPU times."""
     p50: float
     p90: float
     p99: float
@@ -131,12 +133,15 @@ def summarise(samples: Iterable[Sample]) -> list[Row]:
     for sample in samples:
         cells[sample.job, sample.loop, sample.name].append(sample)
     rates = {key: [sample.rate for sample in cell] for key, cell in cells.items()}
-    middle = ("cpu_us", "p50", "p90", "p99", "idle")
+    costs = {key: [sample.cpu_us for sample in cell] for key, cell in cells.items()}
+    middle = ("p50", "p90", "p99", "idle")
     return [
         Row(
             *(job, loop, name),
             *(median(rate), min(rate), max(rate)),
             ratio(rate, rates[job, loop, STREAMS]),
+            median(costs[job, loop, name]),
+            ratio(costs[job, loop, name], costs[job, loop, STREAMS]),
             *(
                 median(getattr(sample, each) for sample in cells[job, loop, name])
                 for each in middle
@@ -146,8 +151,18 @@ def summarise(samples: Iterable[Sample]) -> list[Row]:
     ]
 
 
-HEADINGS = ("per second", "lowest - highest", "x streams", "CPU µs", "p50", "p90", "p99", "idle")
-LINE = "{:<34}{:>11}{:>18}{:>10}{:>8}{:>7}{:>7}{:>7}{:>6}"
+HEADINGS = (
+    "per second",
+    "lowest - highest",
+    "x streams",
+    "CPU µs",
+    "x streams",
+    "p50",
+    "p90",
+    "p99",
+    "idle",
+)
+LINE = "{:<38}{:>10}{:>18}{:>10}{:>8}{:>10}{:>7}{:>7}{:>7}{:>6}"
 
 
 def tables(rows: Sequence[Row]) -> Iterator[str]:
@@ -162,6 +177,7 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
                     f"{row.lowest:.0f} - {row.highest:.0f}",
                     f"{row.times_streams:.2f}",
                     f"{row.cpu_us:.1f}",
+                    f"{row.cpu_times_streams:.2f}",
                     *(f"{value:.0f}" for value in (row.p50, row.p90, row.p99)),
                     f"{row.idle:.0%}",
                 )

@@ -20,7 +20,7 @@ from _process import Cores
 if TYPE_CHECKING:
     import argparse
 
-FULL = Settings(rounds=7, milliseconds=400, warm_up=100)
+FULL = Settings(rounds=7, milliseconds=300, warm_up=50)
 QUICK = Settings(rounds=1, milliseconds=20, warm_up=5)
 MAX_MILLISECONDS = 10_000  # a server gives itself 120 seconds for all that a round asks of it
 
