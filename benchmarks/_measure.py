@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from _process import Cores, Usage, output, serve
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from _contestants import Contestant
+
+T = TypeVar("T")
 
 JOBS = ("reject", "accept")
 WARM_UP_BURST = 64
@@ -69,9 +71,7 @@ def measure(
                     yield sample._replace(round=number)
 
 
-def in_turn(
-    contestants: Sequence[Contestant], rounds: int
-) -> Iterator[tuple[int, Sequence[Contestant]]]:
+def in_turn(contestants: Sequence[T], rounds: int) -> Iterator[tuple[int, Sequence[T]]]:
     """Yield rounds; each begins with another contestant, so that no place is anybody's."""
     for number in range(rounds):
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
