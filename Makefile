@@ -6,6 +6,7 @@ VENV ?= .venv
 PYTHON ?=
 CANDIDATES := python3 python3.13 python3.12 python3.11
 PYTEST_ARGS ?=
+BENCH ?= accept stream
 BENCH_ARGS ?=
 
 # What a shell may have set for other projects must not reach ours.
@@ -36,8 +37,8 @@ coverage: $(VENV)/.test  ## run the tests and report the branches they miss
 	@"$(python)" -m coverage run -m pytest $(PYTEST_ARGS)
 	@"$(python)" -m coverage report
 
-bench: $(VENV)/.run  ## measure what a connection costs; BENCH_ARGS goes to the script
-	@"$(python)" benchmarks/bench_accept.py $(BENCH_ARGS)
+bench: $(VENV)/.run  ## measure connections and echoes; BENCH=stream chooses, BENCH_ARGS="--loop uvloop" goes to each
+	@for name in $(BENCH); do "$(python)" benchmarks/bench_$$name.py $(BENCH_ARGS) || exit; done
 
 # Fixed names only: whoever chose another VENV also removes it.
 clean:  ## remove the virtual environments and everything that was built

@@ -1,4 +1,4 @@
-"""Compiling the two C programs of the benchmark, where there is a compiler."""
+"""Compiling the C programs of the benchmarks, where there is a compiler."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -26,3 +27,13 @@ def compile_c(name: str, folder: Path) -> Path | None:
     command = [*compiler, "-O2", "-o", str(program), str(HERE / f"{name}.c")]
     finished = subprocess.run(command, timeout=TIMEOUT, check=False)  # noqa: S603  # $CC is the caller's own
     return program if finished.returncode == 0 else None
+
+
+def generator(name: str, folder: Path) -> tuple[str, tuple[str, ...]]:
+    """Return a load generator's language and command: ``NAME.c``, else ``NAME.py``."""
+    program = compile_c(name, folder)
+    return (
+        ("C", (str(program),))
+        if program
+        else ("Python", (sys.executable, str(HERE / f"{name}.py")))
+    )

@@ -14,6 +14,14 @@ HERE = Path(__file__).parent
 ACCEPT_TASKS = (1, 16)
 C_LOOP = "C loop"
 START_SERVER = "start_server"
+STREAMS = "asyncio streams"
+ECHOERS = {
+    "streams": STREAMS,
+    "protocol": "protocol",
+    "send": "condaccept send()",
+    "drain": "condaccept write(), drain()",
+}
+"""What `_serve_echo.py` takes, and the name in the table."""
 
 
 class Contestant(NamedTuple):
@@ -39,6 +47,14 @@ def contestants(loops: Sequence[str], floor: Path | None) -> Iterator[Contestant
             name = f"condaccept accept(), {tasks} task{'s' if tasks > 1 else ''}"
             command = _script("_serve_condaccept.py", loop, str(tasks))
             yield Contestant(loop, name, command, lacks)
+
+
+def echoers(loops: Sequence[str]) -> Iterator[Contestant]:
+    """Yield everybody who echoes."""
+    for loop in loops:
+        lacks = _missing(loop, "condaccept")
+        for argument, name in ECHOERS.items():
+            yield Contestant(loop, name, _script("_serve_echo.py", loop, argument), lacks)
 
 
 def _missing(*modules: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from _process import Cores, Usage, output, serve
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from _contestants import Contestant
+
+T = TypeVar("T")
 
 JOBS = ("reject", "accept")
 WARM_UP_BURST = 64
@@ -61,14 +63,20 @@ class Load(NamedTuple):
 def measure(
     contestants: Sequence[Contestant], load: Load, cores: Cores, settings: Settings
 ) -> Iterator[Sample]:
-    """Run all rounds; each begins with another contestant, so that no place is anybody's."""
-    for number in range(settings.rounds):
-        print(f"round {number + 1} of {settings.rounds}", file=sys.stderr)
-        first = number % len(contestants)
+    """Run all rounds."""
+    for number, line in in_turn(contestants, settings.rounds):
         for job in JOBS:
-            for contestant in (*contestants[first:], *contestants[:first]):
+            for contestant in line:
                 for sample in _samples(contestant, job, load, cores, settings):
                     yield sample._replace(round=number)
+
+
+def in_turn(contestants: Sequence[T], rounds: int) -> Iterator[tuple[int, Sequence[T]]]:
+    """Yield rounds; each begins with another contestant, so that no place is anybody's."""
+    for number in range(rounds):
+        print(f"round {number + 1} of {rounds}", file=sys.stderr)
+        first = number % len(contestants)
+        yield number, (*contestants[first:], *contestants[:first])
 
 
 def _samples(

@@ -50,14 +50,15 @@ def summarise(samples: Iterable[Sample]) -> list[Row]:
             *(job, burst, loop, name),
             *(median(cost), min(cost), max(cost)),
             median(sample.sleeps for sample in cells[job, burst, loop, name]),
-            _ratio(cost, costs.get((job, burst, "", C_LOOP))),
-            _ratio(cost, costs.get((job, burst, loop, START_SERVER))),
+            ratio(cost, costs.get((job, burst, "", C_LOOP))),
+            ratio(cost, costs.get((job, burst, loop, START_SERVER))),
         )
         for (job, burst, loop, name), cost in costs.items()
     ]
 
 
-def _ratio(cost: Sequence[float], baseline: Sequence[float] | None) -> float | None:
+def ratio(cost: Sequence[float], baseline: Sequence[float] | None) -> float | None:
+    """Return the median of the ratios within each round."""
     if baseline is None:
         return None
     return median(ours / theirs for ours, theirs in zip(cost, baseline, strict=True))

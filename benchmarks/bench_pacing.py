@@ -7,20 +7,18 @@ README.md in this folder says what is measured, and what isn't.
 
 from __future__ import annotations
 
-import argparse
-import json
-import signal
 import sys
 from collections import defaultdict
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
+import _cli
 from _contestants import HERE
+from _measure import in_turn
 from _process import Cores, output, serve
-from bench_accept import LOOPS, MAX_ROUNDS, describe, up_to
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Iterator, Sequence
 
 MEGABYTE = 1_000_000
@@ -73,35 +71,20 @@ class Row(NamedTuple):
 def main() -> int:
     """Measure and print; the exit status is 1 if a client did not get every byte."""
     options = parse()
-    if sys.platform != "linux":
-        print("SO_MAX_PACING_RATE is Linux's.")
-        return 2
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends the children
     cores = Cores.choose()
-    loops = LOOPS if options.loop == "both" else (options.loop,)
-    settings = QUICK if options.quick else FULL
-    said = {"rounds": options.rounds, "size": options.size}
-    settings = settings._replace(**{name: value for name, value in said.items() if value})
+    settings = _cli.amounts(options, FULL, QUICK)
 
-    samples = list(measure(loops, cores, settings))
+    samples = list(measure(_cli.loops(options), cores, settings))
     rows = summarise(samples)
-    machine = describe(cores, "Python")
     short = sum(sample.received != settings.size for sample in samples)
 
     print(f"one transfer of {settings.size:,} bytes, from connect() to its end, in milliseconds")
     print(LINE.format("", *HEADINGS))
     for row in rows:
         print(line(row))
-    print(f"{short} of {len(samples)} transfers ended with another number of bytes")
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    if options.json:
-        report = {
-            "machine": machine,
-            "settings": settings._asdict(),
-            "rows": [row._asdict() for row in rows],
-            "samples": [sample._asdict() for sample in samples],
-        }
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    result = _cli.Result(_cli.describe(cores, "Python"), settings, (), rows, samples)
+    verdict = f"{short} of {len(samples)} transfers ended with another number of bytes"
+    result.end(verdict, options.json)
     return 1 if short else 0
 
 
@@ -109,10 +92,8 @@ def measure(loops: Sequence[str], cores: Cores, settings: Settings) -> Iterator[
     """Run all rounds, each kind in a fresh server; each round begins with another kind."""
     kinds = [(loop, rate) for loop in loops for rate in RATES]
     fetch = (sys.executable, str(HERE / "_fetch.py"))
-    for number in range(settings.rounds):
-        print(f"round {number + 1} of {settings.rounds}", file=sys.stderr)
-        first = number % len(kinds)
-        for loop, rate in (*kinds[first:], *kinds[:first]):
+    for number, turn in in_turn(kinds, settings.rounds):
+        for loop, rate in turn:
             script = (sys.executable, str(HERE / "_serve_pacing.py"))
             command = (*script, loop, str(settings.size), str(rate))
             with serve(command, cores.server) as (_pid, port):
@@ -154,18 +135,11 @@ def line(row: Row) -> str:
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    add = parser.add_argument
-    add("--loop", choices=(*LOOPS, "both"), default="both")
-    add("--size", type=up_to(MAX_SIZE), metavar="BYTES", help="of each transfer")
-    add("--rounds", type=up_to(MAX_ROUNDS), metavar="N")
-    add("--quick", action="store_true", help="everything once, to see that it works; no numbers")
-    add("--json", type=Path, metavar="FILE", help="also write every sample there")
+    parser = _cli.parser(__doc__)
+    size = _cli.up_to(MAX_SIZE)
+    parser.add_argument("--size", type=size, metavar="BYTES", help="of each transfer")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    _cli.run(main)

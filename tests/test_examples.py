@@ -220,14 +220,12 @@ def test_readme(tmp_path: Path) -> None:
         assert "on the deny list" in server.stdout.readline()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the benchmark measures on Linux only")
-def test_benchmark_quick() -> None:
-    """The benchmark runs, and no connection in it ends the wrong way."""
+def quick(script: str) -> str:
+    """Run a benchmark once through and return what it printed."""
     if shutil.which("cc") is None:
-        pytest.skip("needs the system package gcc, for the load generator and the C loop")
+        pytest.skip("needs the system package gcc, for the C programs of the benchmarks")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "bench_accept.py"), "--quick"],
+        [sys.executable, str(ROOT / "benchmarks" / script), "--quick"],
         capture_output=True,
         text=True,
         timeout=100,
@@ -235,9 +233,18 @@ def test_benchmark_quick() -> None:
     )
 
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "C loop" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the benchmark measures on Linux only")
+def test_benchmark_of_accepting() -> None:
+    """The benchmark runs, and no connection in it ends the wrong way."""
+    printed = quick("bench_accept.py")
+
+    assert "C loop" in printed
     for loop in ("asyncio", "uvloop"):
-        assert re.search(rf"{loop} +condaccept accept\(\), 16 tasks", done.stdout)
+        assert re.search(rf"{loop} +condaccept accept\(\), 16 tasks", printed)
 
 
 @pytest.mark.slow
@@ -262,3 +269,15 @@ def test_pacing_benchmark_quick(tmp_path: Path) -> None:
     samples = json.loads(kept.read_text())["samples"]
     assert {sample["loop"] for sample in samples} == {"asyncio", "uvloop"}
     assert {sample["received"] for sample in samples} == {1_000_000}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the benchmark measures on Linux only")
+def test_benchmark_of_streams() -> None:
+    """The benchmark runs, and every echo in it is what was sent."""
+    printed = quick("bench_stream.py")
+
+    for loop in ("asyncio", "uvloop"):
+        for name in ("asyncio streams", "protocol", r"condaccept send\(\)", r"condaccept write"):
+            assert len(re.findall(rf"{loop} +{name}.*\d%", printed)) == 4
+    assert "and 0 connections went wrong" in printed

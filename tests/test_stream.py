@@ -984,6 +984,29 @@ async def test_a_waiting_task_keeps_its_stream(listener: Listener[Stream], dial:
     await until(lambda: not listener.statistics().streams)
 
 
+async def test_a_stream_is_kept_while_something_is_on(pair: Pair) -> None:
+    """The watch keeps a stream while a read waits or data is unsent, and no longer."""
+    stream, client = pair
+    needed = stream._watch.needed
+    task = await parked(stream.read(10))
+    assert stream in needed
+    client.sendall(b"x")
+    assert await task == b"x"
+    assert stream not in needed
+
+    fill(stream)
+    task = await parked(stream.read(10))
+    client.sendall(b"y")
+    assert await task == b"y"
+    assert stream in needed
+
+    task = await parked(stream.read(10))
+    stream.abort()
+    with pytest.raises(ConnectionAbortedError):
+        await task
+    assert stream not in needed
+
+
 async def test_short_reads_of_a_unix_stream(tmp_path: Path) -> None:
     """A read that stops at descriptors sent along does not hide what comes behind them."""
     async with await listen(path=tmp_path / "s") as listener:

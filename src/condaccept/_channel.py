@@ -142,15 +142,17 @@ class Channel:
         while True:
             if self._broken is not None or self._closing:
                 raise await self._refusal()
-            if self._eof or n == 0:
+            if n == 0:
                 return b""
-            if not self._dry and (data := self._receive(n)) is not None:
-                return data
             if self._dry:
                 await self._readable()
+            elif (data := self._receive(n)) is not None:
+                return data
 
     def _receive(self, n: int) -> bytes | None:
         """Read what is there; ``None``: nothing is, or it takes another look."""
+        if self._eof:
+            return b""
         n = min(n, AT_ONCE)
         if self._signals is not None and self._signals.subscribed(Event.OOB):
             self._set_urgent_aside(self._signals)
@@ -167,20 +169,33 @@ class Channel:
         except OSError as error:
             self._break(error)
             return None
-        if not data and self._peer_error is not None:
-            self._break(self._peer_error)
-            return None
+        if not data:
+            return self._receive_end()
         # A short read has taken all there was, unless it stopped for another reason: at an
         # urgent byte, or, on a Unix socket, at descriptors that were sent along. And a FIN
         # that came with the data gives no further edge.
-        self._dry = (
+        if (
             self._registered
-            and 0 < len(data) < n
+            and len(data) < n
             and not self._end
             and self._sock.proto == socket.IPPROTO_TCP
-        )
-        self._after_read(data)
+        ):
+            self._dry = True
+            if not self._watch.tells_edges:
+                self._watch.dry(self._sock.fileno())
+        if self._signals is not None:
+            self._signals.arm(Event.READ)
+            self._look_again()
         return data
+
+    def _receive_end(self) -> bytes | None:
+        if self._peer_error is not None:
+            self._break(self._peer_error)
+            return None
+        self._eof = True
+        if not self._inbox:
+            self._tell_end()
+        return b""
 
     async def _readable(self) -> None:
         self._reader = self._loop.create_future()
@@ -191,17 +206,6 @@ class Channel:
         finally:
             self._reader = None
             self._let_go()
-
-    def _after_read(self, data: bytes) -> None:
-        self._eof = not data
-        if self._dry:
-            self._watch.dry(self._sock.fileno())
-        if self._eof:
-            if not self._inbox:
-                self._tell_end()
-        elif self._signals is not None:
-            self._signals.arm(Event.READ)
-            self._look_again()
 
     def _look_again(self) -> None:
         """Have the watch tell once more what there is, for those who subscribed."""
@@ -325,7 +329,15 @@ class Channel:
 
         def ready(events: int) -> None:
             stream = mine()
-            if stream is not None:
+            if stream is None:
+                return
+            if events == READ and stream._signals is None and not stream._blocked:
+                # What `_ready()` comes to then: see the comment in `Stream.read()`.
+                stream._dry = False
+                reader = stream._reader
+                if reader is not None and not reader.done():
+                    reader.set_result(None)
+            else:
                 stream._ready(events)
 
         self._watch.register(self._sock.fileno(), self._interest(), ready)

@@ -72,17 +72,35 @@ class Stream(Channel):
         Cancellation:
             Safe: what has come stays to be read.
         """
+        if n <= 0 or self._inbox:
+            return await self._exclusively(self._gather(n))
         if self._reading:
             raise await self._two_readers()
         self._reading = True
         try:
-            if n < 0:
-                while await self._fill():
-                    pass
-                return self._take(len(self._inbox))
-            if self._inbox:
-                return await self._from_inbox(min(n, AT_ONCE))
-            return await self._read(n)
+            if self._streak >= IN_A_ROW:
+                await self._turn()
+            self._streak += 1
+            # `_read()` and `_readable()` written out, as is `_ready()` where the watch calls
+            # it. The calls that an arrival is spared, two of them into coroutines, were 11 %
+            # of what an echo of 64 bytes cost the server.
+            while True:
+                if self._broken is not None or self._closing:
+                    raise await self._refusal()
+                if self._dry:
+                    self._reader = self._loop.create_future()
+                    self._streak = 0
+                    self._watch.needed.add(self)
+                    try:
+                        await self._reader
+                    finally:
+                        self._reader = None
+                        if self._signals is None and not self._waiters and not self._blocked:
+                            self._watch.needed.discard(self)
+                        else:
+                            self._let_go()
+                elif (data := self._receive(n)) is not None:
+                    return data
         except BaseException:
             self._gave_up()
             raise
@@ -203,6 +221,14 @@ class Stream(Channel):
     async def _two_readers(self) -> RuntimeError:
         await self._turn()
         return RuntimeError("another task is reading this stream already")
+
+    async def _gather(self, n: int) -> bytes:
+        """Read what `read()` does not take from the socket in one go."""
+        if n >= 0:
+            return await (self._from_inbox(min(n, AT_ONCE)) if self._inbox else self._read(n))
+        while await self._fill():
+            pass
+        return self._take(len(self._inbox))
 
     async def _exactly(self, n: int) -> bytes:
         while len(self._inbox) < n:

@@ -47,6 +47,8 @@ class Watch(Protocol):
 
     tells_hangup: bool
     """Whether a hangup, or an urgent byte, can be watched for by itself, without reading."""
+    tells_edges: bool
+    """Whether the next edge comes by itself: then `dry()` has nothing to do."""
     needed: set[object]
     """What has to live as long as the watch does, though nobody else may have it: streams
     that somebody waits on, that have something to send or someone to tell. asyncio has but
@@ -78,6 +80,7 @@ class EpollWatch:
     """
 
     tells_hangup = True
+    tells_edges = True
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -153,6 +156,7 @@ class ReaderWatch:
     """
 
     tells_hangup = False
+    tells_edges = False
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
