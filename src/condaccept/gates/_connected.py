@@ -45,10 +45,12 @@ class ConnectedGate:
             self._watch.modify(arrival.fd, interest)
         elif n or self._watch.tells_hangup:
             try:
-                self._watch.register(arrival.fd, interest, lambda _: changed())
+                # The arrival is its own callback: one object fewer for each that waits.
+                self._watch.register(arrival.fd, interest, arrival)
             except OSError:
                 # fs.epoll.max_user_watches, or no memory: noticed when offered again.
                 return
+            arrival.changed = changed
             arrival.watched = True
 
     def refuse(self, arrival: Connection, data: bytes) -> None:
@@ -69,4 +71,5 @@ class ConnectedGate:
     def _unwatch(self, arrival: Connection) -> None:
         # Before the descriptor is closed: its number may come back at once.
         arrival.watched = False
+        arrival.changed = None
         self._watch.unregister(arrival.fd)

@@ -20,6 +20,8 @@ from condaccept._sockets import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from condaccept._pending import Address, Credentials
 
 __all__ = ("CALLEE_DATA_CAPACITY", "Connection", "Kind")
@@ -60,7 +62,17 @@ class Connection:
     socket object.
     """
 
-    __slots__ = ("_kind", "_sock", "_syn", "caller_id", "fd", "hangup", "marked", "watched")
+    __slots__ = (
+        "_kind",
+        "_sock",
+        "_syn",
+        "caller_id",
+        "changed",
+        "fd",
+        "hangup",
+        "marked",
+        "watched",
+    )
 
     capacity = CALLEE_DATA_CAPACITY
 
@@ -70,9 +82,15 @@ class Connection:
         self.hangup = hangup
         self.watched = False
         self.marked = False
+        self.changed: Callable[[], object] | None = None  # who is told while it is watched
         self._kind = kind
         self._sock: RawSocket | None = None
         self._syn: bytes | None = None
+
+    def __call__(self, _events: int) -> None:
+        """Tell that the watch has seen something."""
+        if self.changed is not None:
+            self.changed()
 
     @property
     def sock(self) -> RawSocket:
