@@ -6,7 +6,7 @@ VENV ?= .venv
 PYTHON ?=
 CANDIDATES := python3 python3.13 python3.12 python3.11
 PYTEST_ARGS ?=
-BENCH ?= accept stream
+BENCH ?= accept stream defer flood
 BENCH_ARGS ?=
 
 # What a shell may have set for other projects must not reach ours.
@@ -37,7 +37,7 @@ coverage: $(VENV)/.test  ## run the tests and report the branches they miss
 	@"$(python)" -m coverage run -m pytest $(PYTEST_ARGS)
 	@"$(python)" -m coverage report
 
-bench: $(VENV)/.run  ## measure connections and echoes; BENCH=stream chooses, BENCH_ARGS="--loop uvloop" goes to each
+bench: $(VENV)/.run  ## measure connections, echoes, waiting, floods; BENCH=stream chooses, BENCH_ARGS="--loop uvloop" goes to each
 	@for name in $(BENCH); do "$(python)" benchmarks/bench_$$name.py $(BENCH_ARGS) || exit; done
 
 # Fixed names only: whoever chose another VENV also removes it.

@@ -57,6 +57,11 @@ def up_to(limit: int) -> Callable[[str], int]:
     return number
 
 
+def some_up_to(limit: int) -> Callable[[str], tuple[int, ...]]:
+    """Return an argument type: numbers such as ``1,64``, each from 1 to *limit*."""
+    return lambda text: tuple(map(up_to(limit), text.split(",")))
+
+
 def describe(cores: Cores, generator: str) -> dict[str, object]:
     """Return what anybody has to know who reads the numbers elsewhere."""
     return {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 HERE = Path(__file__).parent
 ACCEPT_TASKS = (1, 16)
@@ -22,6 +22,12 @@ ECHOERS = {
     "drain": "condaccept write(), drain()",
 }
 """What `_serve_echo.py` takes, and the name in the table."""
+GUARDS = {
+    "streams": START_SERVER,
+    "protocol": "protocol",
+    "serve": "condaccept serve()",
+}
+"""What `_serve_flood.py` takes, and the name in the table."""
 
 
 class Contestant(NamedTuple):
@@ -49,12 +55,12 @@ def contestants(loops: Sequence[str], floor: Path | None) -> Iterator[Contestant
             yield Contestant(loop, name, command, lacks)
 
 
-def echoers(loops: Sequence[str]) -> Iterator[Contestant]:
-    """Yield everybody who echoes."""
+def named(script: str, names: Mapping[str, str], loops: Sequence[str]) -> Iterator[Contestant]:
+    """Yield everybody whom *script* serves: *names* has its arguments, and those of the table."""
     for loop in loops:
         lacks = _missing(loop, "condaccept")
-        for argument, name in ECHOERS.items():
-            yield Contestant(loop, name, _script("_serve_echo.py", loop, argument), lacks)
+        for argument, name in names.items():
+            yield Contestant(loop, name, _script(script, loop, argument), lacks)
 
 
 def _missing(*modules: str) -> str:

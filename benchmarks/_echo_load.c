@@ -21,13 +21,12 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sched.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
+
+#include "_load_common.h"
 
 enum {
     MAX_CONNECTIONS = 512,
@@ -50,19 +49,6 @@ static long long *latencies, first, last, idle;
 static size_t size, requests, room;
 static long long deadline;
 static int open_connections, wrong;
-
-static void die(const char *what)
-{
-    perror(what);
-    exit(2);
-}
-
-static long long now(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return time.tv_sec * 1000000000LL + time.tv_nsec;
-}
 
 static void note(long long latency)
 {
@@ -152,12 +138,6 @@ static void open_connection(struct connection *c, const struct sockaddr_in *serv
     setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     if (fcntl(c->fd, F_SETFL, O_NONBLOCK) < 0 || epoll_ctl(set, EPOLL_CTL_ADD, c->fd, &event) < 0)
         die("epoll_ctl");
-}
-
-static int ascending(const void *a, const void *b)
-{
-    const long long x = *(const long long *)a, y = *(const long long *)b;
-    return (x > y) - (x < y);
 }
 
 int main(int argc, char **argv)

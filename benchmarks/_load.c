@@ -15,11 +15,11 @@
 #include <netinet/in.h>
 #include <poll.h>
 #include <sched.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
+
+#include "_load_common.h"
 
 enum { MAX_BURST = 512, LIFETIME = 120 /* seconds, then SIGALRM ends it */ };
 enum outcome { SERVED, RESET, WRONG, OPEN };
@@ -29,12 +29,6 @@ static struct pollfd clients[MAX_BURST];
 static char got[MAX_BURST][sizeof greeting]; /* one byte more than is right */
 static size_t got_len[MAX_BURST];
 static long counts[OPEN];
-
-static void die(const char *what)
-{
-    perror(what);
-    exit(2);
-}
 
 static enum outcome read_on(int i)
 {

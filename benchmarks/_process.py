@@ -6,9 +6,11 @@ Linux only.
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
+import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -38,11 +40,20 @@ class Usage(NamedTuple):
     """User and system time, in nanoseconds."""
     sleeps: int
     """How often it gave up its core because it had nothing to do."""
+    waited_ns: int
+    """How long it had something to do and did not get its core, in nanoseconds."""
 
     @classmethod
     def of(cls, pid: int) -> Usage:
         """Ask the kernel about another process."""
-        return cls(_cpu_ns(pid), _sleeps(pid))
+        return cls(_cpu_ns(pid), _sleeps(pid), waited_ns(pid))
+
+
+def raise_descriptor_limit() -> int:
+    """Let this process, and those it starts, have as many descriptors as they may; how many."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard if hard != resource.RLIM_INFINITY else sys.maxsize
 
 
 def _cpu_ns(pid: int) -> int:
@@ -60,9 +71,21 @@ def _sleeps(pid: int) -> int:
     return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
 
 
+def waited_ns(pid: int) -> int:
+    """See `Usage`; 0 where the kernel does not count it."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1])
+    except FileNotFoundError:
+        return 0
+
+
 @contextmanager
-def start(command: Sequence[str], core: int) -> Iterator[subprocess.Popen[str]]:
+def start(
+    command: Sequence[str], core: int, *, urgent: bool = False
+) -> Iterator[subprocess.Popen[str]]:
     """Run *command* on *core* and kill it at the end of the block, if it is still there.
+
+    If it is *urgent*, and whoever asks is allowed to, it gets its core before all others.
 
     It is in a session of its own: a Ctrl-C at the terminal reaches the driver only,
     which then leaves this block.
@@ -72,15 +95,18 @@ def start(command: Sequence[str], core: int) -> Iterator[subprocess.Popen[str]]:
     ) as process:
         try:
             os.sched_setaffinity(process.pid, {core})
+            if urgent:
+                with suppress(PermissionError):
+                    os.sched_setscheduler(process.pid, os.SCHED_FIFO, os.sched_param(1))
             yield process
         finally:
             process.kill()
 
 
 @contextmanager
-def serve(command: Sequence[str], core: int) -> Iterator[tuple[int, int]]:
+def serve(command: Sequence[str], core: int, *, urgent: bool = False) -> Iterator[tuple[int, int]]:
     """Run a server that prints its port first, and yield its pid and port."""
-    with start(command, core) as process:
+    with start(command, core, urgent=urgent) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
         if not line:
@@ -88,9 +114,9 @@ def serve(command: Sequence[str], core: int) -> Iterator[tuple[int, int]]:
         yield process.pid, int(line)
 
 
-def output(command: Sequence[str], core: int) -> str:
+def output(command: Sequence[str], core: int, *, urgent: bool = False) -> str:
     """Run *command* on *core* to its end and return what it printed."""
-    with start(command, core) as process:
+    with start(command, core, urgent=urgent) as process:
         printed, _ = process.communicate(timeout=TIMEOUT)
         if process.returncode:
             raise RuntimeError(f"exit status {process.returncode}: {' '.join(command)}")

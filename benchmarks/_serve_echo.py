@@ -12,16 +12,17 @@ import condaccept
 SIZE = 65536  # what one read may return
 
 
+async def echo_streams(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Echo with asyncio's streams."""
+    while data := await reader.read(SIZE):
+        writer.write(data)
+        await writer.drain()
+    writer.close()
+
+
 async def streams() -> None:
     """`asyncio.start_server`, in the form that its documentation shows."""
-
-    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(SIZE):
-            writer.write(data)
-            await writer.drain()
-        writer.close()
-
-    server = await asyncio.start_server(echo, HOST, 0, backlog=BACKLOG)
+    server = await asyncio.start_server(echo_streams, HOST, 0, backlog=BACKLOG)
     announce(server.sockets[0].getsockname()[1])
     await server.serve_forever()
 

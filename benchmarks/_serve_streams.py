@@ -23,10 +23,15 @@ async def accept(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
 
 
 async def reject(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Reset."""
+    abort(writer.transport)
+
+
+def abort(transport: asyncio.WriteTransport) -> None:
     """Reset; ``abort()`` alone would end in a FIN, which no caller takes for a rejection."""
-    sock: socket.socket = writer.get_extra_info("socket")
+    sock: socket.socket = transport.get_extra_info("socket")
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
-    writer.transport.abort()
+    transport.abort()
 
 
 async def serve(job: str) -> None:

@@ -56,13 +56,13 @@ def parse() -> argparse.Namespace:
     parser = _cli.parser(__doc__)
     add = parser.add_argument
     add("--connections", type=_cli.up_to(MAX_CONNECTIONS), metavar="N", help="per measurement")
-    add("--bursts", type=bursts, metavar="N,N", help="connections at a time; default 1,64")
+    add(
+        "--bursts",
+        type=_cli.some_up_to(MAX_BURST),
+        metavar="N,N",
+        help="connections at a time; default 1,64",
+    )
     return parser.parse_args()
-
-
-def bursts(text: str) -> tuple[int, ...]:
-    """Return the burst sizes in a list such as ``1,64``."""
-    return tuple(map(_cli.up_to(MAX_BURST), text.split(",")))
 
 
 if __name__ == "__main__":

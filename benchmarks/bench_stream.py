@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import _cli
 from _build import generator
-from _contestants import echoers
+from _contestants import ECHOERS, named
 from _echoes import Settings, measure, summarise, tables
 from _process import Cores
 
@@ -33,7 +33,7 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         language, command = generator("_echo_load", Path(folder))
-        everybody = list(echoers(_cli.loops(options)))
+        everybody = list(named("_serve_echo.py", ECHOERS, _cli.loops(options)))
         present = [contestant for contestant in everybody if not contestant.lacks]
         samples = list(measure(present, command, cores, settings))
 

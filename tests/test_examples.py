@@ -281,3 +281,28 @@ def test_benchmark_of_streams() -> None:
         for name in ("asyncio streams", "protocol", r"condaccept send\(\)", r"condaccept write"):
             assert len(re.findall(rf"{loop} +{name}.*\d%", printed)) == 4
     assert "and 0 connections went wrong" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the benchmark measures on Linux only")
+def test_benchmark_of_deferring() -> None:
+    """The benchmark runs, and every connection in it is deferred, open and silent at the end."""
+    printed = quick("bench_defer.py")
+
+    for loop in ("asyncio", "uvloop"):
+        assert len(re.findall(rf"{loop} +\d+ deferred", printed)) == 10
+    assert "0 of 1680 connections did not stay deferred" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the benchmark measures on Linux only")
+@pytest.mark.parametrize("compiler", ["cc", "none"])
+def test_benchmark_of_floods(monkeypatch: pytest.MonkeyPatch, compiler: str) -> None:
+    """The benchmark runs with either generator; all are reset and every echo is right."""
+    monkeypatch.setenv("CC", compiler)
+    printed = quick("bench_flood.py")
+
+    for loop in ("asyncio", "uvloop"):
+        for name in ("start_server", "protocol", r"condaccept serve\(\)"):
+            assert len(re.findall(rf"{loop} +{name} .*%", printed)) == 1
+    assert " 0 ended the wrong way" in printed
