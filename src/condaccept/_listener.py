@@ -111,7 +111,7 @@ class Listener(Generic[T]):
         self._pending = PendingDeque(max_pending, max_deciding, defer_timeout)
         self._ledger = Ledger(partial(_call_soon, loop), partial(_report, loop))
         self._file: tuple[str | bytes, tuple[int, int]] | None = None
-        self._serving: Serve[T] | None = None
+        self._serving: set[Serve[T]] = set()
         self._accepting: Accepting[T] = Accepting(
             loop,
             self._watch,
@@ -344,12 +344,12 @@ class Listener(Generic[T]):
             condition,
             callback_data,
         )
-        self._serving = serve
+        # One that was cancelled and still waits for its handlers leaves room for another.
+        self._serving.add(serve)
         try:
             await serve.run()
         finally:
-            if self._serving is serve:
-                self._serving = None
+            self._serving.discard(serve)
 
     def reconsider(self, predicate: Callable[[PendingTransport], object] | None = None) -> None:
         """Have deferred connections offered again, those for which *predicate* is true.
@@ -493,7 +493,7 @@ class Listener(Generic[T]):
             cut_short=self._gate.cut_short,
             streams=self._deciding.open_streams,
             starting=self._deciding.capacity.starting.taken,
-            handlers=0 if self._serving is None else self._serving.handlers,
+            handlers=sum(each.handlers for each in self._serving),
             backlog=None if backlog is None else backlog[0],
             backlog_limit=None if backlog is None else backlog[1],
             suspended=self._deciding.suspended,
