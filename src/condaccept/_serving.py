@@ -449,7 +449,7 @@ class Streams(Consumption[T]):
             while not self._given:
                 if self._error is not None:
                     raise self._error
-                if self._over:
+                if self._over or self._deciding.finished():
                     raise closed_error()
                 self._begin()
                 self._try()
@@ -486,7 +486,7 @@ class Streams(Consumption[T]):
 
     def busy(self) -> bool:
         """Whether an iteration waits, or a decision is under way."""
-        return self._iterating > 0 or bool(self._deciders)
+        return self._iterating > 0 or not all(task.done() for task in self._deciders)
 
     async def _turn(self) -> None:
         self._streak = 0
