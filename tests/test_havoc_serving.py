@@ -24,7 +24,7 @@ from tests.test_havoc import STEPS, Havoc, MishapError, handles
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SAID = [
+SAID: list[Any] = [
     ACCEPT,
     ACCEPT,
     REJECT,
