@@ -322,6 +322,23 @@ async def test_no_wake_up_while_it_is_due(listener: Listener[Stream], dial: Dial
     await cancelled(serve)
 
 
+async def test_no_wake_up_while_nobody_asks(listener: Listener[Stream], dial: Dial) -> None:
+    """One that is due, and has to wait for an iteration, is not told of again and again."""
+    script = Script(Defer(until_bytes=1))
+    iteration = start(anext(listener.streams(script)))
+    client = dial(listener)
+    await script.asked(1)
+    await cancelled(iteration)
+    client.send(b"x")
+    await until(lambda: listener.pending[0]._stay.due)
+    calls = count_wake_ups(listener)
+    for n in range(2, 10):
+        client.send(b"x")
+        await has_come(script.offers[0], n)
+    await script.still(1)
+    assert calls == []
+
+
 def count_wake_ups(listener: Listener[Any]) -> list[int]:
     """Count what the watch tells of the only connection that it watches."""
     calls: list[int] = []
@@ -896,8 +913,11 @@ async def test_accept_does_not_wait_for_hints(listener: Listener[Stream], dial: 
     client = dial(listener)
     await deferred(listener, Defer(until_bytes=100, within=LONG))
     stream = await listener.accept(accept)
+    assert stream.get_extra_info("socket").getsockopt(*RCVLOWAT) == 1
+    read = start(stream.read(5))
+    await asyncio.sleep(0)
     client.send(b"x")
-    assert await stream.read(5) == b"x"
+    assert await result(read) == b"x"
     stream.close()
 
 
