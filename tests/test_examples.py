@@ -26,6 +26,12 @@ ECHO_GATE = ROOT / "examples" / "echo_gate.py"
 HOT_RESTART = ROOT / "examples" / "hot_restart.py"
 WORKERS = ROOT / "examples" / "workers.py"
 STRICT = (sys.executable, "-X", "dev", "-W", "error")
+PROGRAM = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+DOCUMENTED = [
+    pytest.param(program, id=f"{path.stem}-{n}")
+    for path in sorted((ROOT / "docs").glob("*.md"))
+    for n, program in enumerate(PROGRAM.findall(path.read_text()))
+]
 
 LOADED = (sys.executable, "-W", "error")
 """For programs that load the machine: in debug mode asyncio would complain of a slow one."""
@@ -94,28 +100,6 @@ def test_echo_gate_serves_until_interrupted() -> None:
         assert server.returncode == 0
         assert out.splitlines()[-1] == "closed"
         assert "Traceback" not in out
-
-
-def programs() -> list[str]:
-    """Return the programs in the documents."""
-    return [
-        program
-        for path in sorted((ROOT / "docs").glob("*.md"))
-        for program in re.findall(
-            r"^```python\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL
-        )
-    ]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("program", programs(), ids=range(len(programs())))
-def test_documents(program: str) -> None:
-    """The programs in the documents run as they stand, and end by themselves."""
-    done = subprocess.run(
-        [*LOADED, "-c", program], capture_output=True, text=True, timeout=60, check=False
-    )
-
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.slow
@@ -197,27 +181,45 @@ def test_workers_until_interrupted() -> None:
 @pytest.mark.slow
 def test_readme(tmp_path: Path) -> None:
     """The program in the README runs as it stands, on a port of its own."""
-    found = re.search(
-        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
-    )
-    assert found is not None
-    program = found[1]
+    program = PROGRAM.findall((ROOT / "README.md").read_text())[0]
     assert program.count("7007") == 1
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     path = tmp_path / "readme.py"
-    ready = 'print("ready")\n        await serve('
-    path.write_text(program.replace("7007", str(port)).replace("await serve(", ready, 1))
+    ready = 'print("ready")\n        await listener.serve('
+    path.write_text(program.replace("7007", str(port)).replace("await listener.serve(", ready, 1))
     with running(*STRICT, str(path)) as server:
         assert server.stdout is not None
         assert server.stdout.readline() == "ready\n"
-        with dial(port) as client, dial(port, "127.0.0.2") as denied:
-            assert client.recv(100) == b"welcome\n"
-            assert client.recv(100) == b""
+        with (
+            dial(port) as first,
+            dial(port, "127.0.0.2") as denied,
+            dial(port) as second,
+            dial(port) as third,
+        ):
+            for client in (first, second):
+                assert client.recv(100) == b"welcome\n"
             with pytest.raises(ConnectionResetError):
                 denied.recv(100)
-        assert "on the deny list" in server.stdout.readline()
+            while "on the deny list" not in server.stdout.readline():
+                pass
+            assert wire(third) == "open"
+            first.close()
+            assert third.recv(100) == b"welcome\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", DOCUMENTED)
+def test_documents(program: str, tmp_path: Path) -> None:
+    """Each program of the documents ends by itself, and well."""
+    path = tmp_path / "program.py"
+    path.write_text(program)
+    done = subprocess.run(
+        [*STRICT, str(path)], capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def quick(script: str) -> str:

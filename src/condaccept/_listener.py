@@ -115,7 +115,7 @@ class Listener(Generic[T]):
         self._ledger = Ledger(partial(_call_soon, loop), partial(_report, loop))
         self._delivery = Delivery(loop)
         self._file: tuple[str | bytes, tuple[int, int]] | None = None
-        self._serving: Serve[T] | None = None
+        self._serving: set[Serve[T]] = set()
         self._accepting: Accepting[T] = Accepting(
             loop,
             self._watch,
@@ -254,7 +254,8 @@ class Listener(Generic[T]):
     async def wait_pending(self) -> None:
         """Wait until there is something new for an accept call to act on.
 
-        That is a connection never offered, or a loss to report. A deferral is nothing new,
+        That is a connection never offered, a deferred one whose hints are fulfilled or that
+        is to be reconsidered, or a loss to report. A deferral is nothing new by itself,
         so ``wait_pending()`` and ``accept()`` in turn are a retry loop that does not spin:
         behind a deferred connection it returns at most once for each that comes, which the
         next call cannot reach, and not again and again. It takes nothing, and is a hint
@@ -295,7 +296,9 @@ class Listener(Generic[T]):
         something that is no verdict, is logged at ERROR; that connection is rejected.
 
         Nothing is taken while no iteration waits. Several tasks may iterate over one such
-        object. The iteration ends when the listener is closed.
+        object. The iteration ends when the listener is closed; it does not keep a listener
+        that nobody else refers to. When it begins, everybody who is undecided is offered,
+        those deferred before by another condition, too.
 
         Args:
             condition: As for `accept()`.
@@ -351,12 +354,12 @@ class Listener(Generic[T]):
             condition,
             callback_data,
         )
-        self._serving = serve
+        # One that was cancelled and still waits for its handlers leaves room for another.
+        self._serving.add(serve)
         try:
             await serve.run()
         finally:
-            if self._serving is serve:
-                self._serving = None
+            self._serving.discard(serve)
 
     def reconsider(self, predicate: Callable[[PendingTransport], object] | None = None) -> None:
         """Have deferred connections offered again, those for which *predicate* is true.
@@ -555,7 +558,7 @@ class Listener(Generic[T]):
             cut_short=self._gate.cut_short,
             streams=self._deciding.open_streams,
             starting=self._deciding.capacity.starting.taken,
-            handlers=0 if self._serving is None else self._serving.handlers,
+            handlers=sum(each.handlers for each in self._serving),
             backlog=None if backlog is None else backlog[0],
             backlog_limit=None if backlog is None else backlog[1],
             suspended=self._deciding.suspended,

@@ -83,7 +83,7 @@ class _FakeOwner:
     groups: dict[Any, FlowSpec | None]
 
     def decide(self, pending: PendingTransport, _verdict: AnyVerdict) -> None:
-        message = f"no listener knows {pending!r}: it was made by hand"
+        message = f"no listener knows {pending!r}: it was made for a test"
         raise RuntimeError(message)
 
     async def hand_out(self, pending: PendingTransport) -> Any:
