@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 ECHO_GATE = ROOT / "examples" / "echo_gate.py"
+HOT_RESTART = ROOT / "examples" / "hot_restart.py"
+WORKERS = ROOT / "examples" / "workers.py"
 STRICT = (sys.executable, "-X", "dev", "-W", "error")
+
+LOADED = (sys.executable, "-W", "error")
+"""For programs that load the machine: in debug mode asyncio would complain of a slow one."""
 
 
 @contextlib.contextmanager
@@ -88,6 +93,104 @@ def test_echo_gate_serves_until_interrupted() -> None:
         assert server.returncode == 0
         assert out.splitlines()[-1] == "closed"
         assert "Traceback" not in out
+
+
+def programs() -> list[str]:
+    """Return the programs in the documents."""
+    return [
+        program
+        for path in sorted((ROOT / "docs").glob("*.md"))
+        for program in re.findall(
+            r"^```python\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL
+        )
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", programs(), ids=range(len(programs())))
+def test_documents(program: str) -> None:
+    """The programs in the documents run as they stand, and end by themselves."""
+    done = subprocess.run(
+        [*LOADED, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow
+def test_hot_restart() -> None:
+    """Three generations under load: each serves, no caller sees an error."""
+    done = subprocess.run(
+        [*LOADED, str(HOT_RESTART), "--demo"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert [line.split()[:2] for line in lines[:3]] == [["generation", str(n)] for n in (1, 2, 3)]
+    assert all(int(line.split()[3]) >= 200 for line in lines[:3])
+    assert lines[3:] == [
+        "a caller of generation 1 was served by it to the end",
+        "errors: none",
+    ]
+
+
+@pytest.mark.slow
+def test_hot_restart_by_hand(tmp_path: Path) -> None:
+    """A second process replaces the first, which finishes its stream; a signal ends the second."""
+    command = (*STRICT, str(HOT_RESTART), "--port", "0", "--control", str(tmp_path / "control"))
+    with running(*command) as first:
+        assert first.stdout is not None
+        port = int(first.stdout.readline().split()[-1])
+        with dial(port) as early:
+            early.sendall(b"who?\n")
+            assert int(early.recv(100)) == first.pid
+            with running(*command) as second:
+                assert second.stdout is not None
+                assert second.stdout.readline() == f"{second.pid} serves {port}\n"
+                with dial(port) as late:
+                    late.sendall(b"who?\n")
+                    assert int(late.recv(100)) == second.pid
+                early.sendall(b"still?\n")
+                assert int(early.recv(100)) == first.pid
+                early.close()
+                assert first.communicate(timeout=LIMIT)[0] == f"{first.pid} has ended\n"
+                second.send_signal(signal.SIGTERM)
+                assert second.communicate(timeout=LIMIT)[0] == f"{second.pid} has ended\n"
+                assert (first.returncode, second.returncode) == (0, 0)
+
+
+@pytest.mark.slow
+def test_workers() -> None:
+    """Everybody is served by one of the workers, each with its own socket or all with one."""
+    done = subprocess.run(
+        [*LOADED, str(WORKERS), "--demo"], capture_output=True, text=True, timeout=100, check=False
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    own, shared = done.stdout.split("one socket for all:\n")
+    for part in (own, shared):
+        counts = re.findall(r"^    worker [123] +(\d+)$", part, re.MULTILINE)
+        assert sum(map(int, counts)) == 100
+
+
+@pytest.mark.slow
+def test_workers_until_interrupted() -> None:
+    """Without --demo the workers serve until Ctrl-C, and end with their parent."""
+    with running(*STRICT, str(WORKERS), "--port", "0", "--inherit") as parent:
+        assert parent.stdout is not None
+        found = re.search(r"^2 workers on \('127\.0\.0\.1', (\d+)\)", parent.stdout.readline())
+        assert found is not None
+        with dial(int(found[1])) as client:
+            assert client.recv(100).startswith(b"worker ")
+        parent.send_signal(signal.SIGINT)
+        assert parent.communicate(timeout=LIMIT)[0] == "closed\n"
+        assert parent.returncode == 0
+        with pytest.raises(ConnectionRefusedError):
+            dial(int(found[1]))
 
 
 @pytest.mark.slow

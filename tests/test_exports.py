@@ -45,6 +45,7 @@ ROOMS = [
     "_shutdown",
     "_open",
     "_listener",
+    "_inherited",
     "testing",
 ]
 """From left to right: a room may use those to its left, and none to its right."""

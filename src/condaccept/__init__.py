@@ -26,6 +26,9 @@ from condaccept._events import EventCallback as EventCallback
 from condaccept._events import Outcome as Outcome
 from condaccept._events import Subscription as Subscription
 from condaccept._exhaustion import Episode as Episode
+from condaccept._inherited import inherited_sockets as inherited_sockets
+from condaccept._inherited import receive_sockets as receive_sockets
+from condaccept._inherited import send_listener as send_listener
 from condaccept._ledger import Statistics as Statistics
 from condaccept._listener import Listener as Listener
 from condaccept._listener import listen as listen
@@ -111,5 +114,8 @@ __all__ = (
     "Streams",
     "Subscription",
     "Verdict",
+    "inherited_sockets",
     "listen",
+    "receive_sockets",
+    "send_listener",
 )

@@ -24,6 +24,8 @@ PORT_TRIES: Final = 16
 """How often another number is tried when the one the kernel chose for the first address
 is taken on another."""
 
+_REUSE: Final = (socket.SOL_SOCKET, socket.SO_REUSEADDR)
+
 AddressInfo: TypeAlias = tuple[int, Any]
 
 
@@ -127,15 +129,12 @@ def _bind_all(
             unsupported = error
             continue
         sockets.append(sock)
-        if family == socket.AF_INET6:
-            # Each family has its own socket: without this the second bind fails.
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        apply_options(sock, options)
+        _prepare(sock, options)
         to = address
         if number is not None and address[1] == 0:
             to = (address[0], number, *address[2:])
         try:
-            sock.bind(to)
+            _bind(sock, to, options)
         except OSError as error:
             skip = family == socket.AF_INET6 and len(addresses) > 1
             if skip and error.errno == errno.EADDRNOTAVAIL:
@@ -148,6 +147,30 @@ def _bind_all(
             number = sock.getsockname()[1]
     if not sockets:
         raise unsupported or OSError(errno.EADDRNOTAVAIL, "the name has no address")
+
+
+def _bind(sock: socket.socket, to: Any, options: Sequence[Option]) -> None:
+    """Bind *sock*; a number that the kernel chooses is its own as if it had been asked for.
+
+    Linux takes a number of its own choice away again when the socket is shut down, and the
+    next listen(2) would be on another one. So another socket has the kernel choose, and
+    keeps the number from everybody until ours has been bound to it. Without SO_REUSEADDR
+    two sockets cannot be bound to it; then ours is never shut down either.
+    """
+    if to[1] != 0 or sys.platform != "linux" or not sock.getsockopt(*_REUSE):
+        sock.bind(to)
+        return
+    with socket.socket(sock.family, sock.type, sock.proto) as chooser:
+        _prepare(chooser, options)
+        chooser.bind(to)
+        sock.bind((to[0], chooser.getsockname()[1], *to[2:]))
+
+
+def _prepare(sock: socket.socket, options: Sequence[Option]) -> None:
+    if sock.family == socket.AF_INET6:
+        # Each family has its own socket: without this the second bind fails.
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    apply_options(sock, options)
 
 
 def open_unix(

@@ -121,11 +121,16 @@ class MemoryGate(ConnectedGate):
         self._queue: deque[Connection] = deque()
         self._ready: Callable[[], object] = lambda: None
         self.closed = False
+        self.refusing = False
         self.admitting: list[tuple[Connection, asyncio.Future[OwnedSocket]]] = []
 
     def dial(self, caller_id: Address = _CALLER) -> socket.socket:
-        """Connect, and return the caller's end: a blocking socket, which the test closes."""
-        if self.closed:
+        """Connect, and return the caller's end: a blocking socket, which the test closes.
+
+        Raises:
+            ConnectionRefusedError: The gate refuses, or is closed.
+        """
+        if self.closed or self.refusing:
             raise ConnectionRefusedError
         theirs, ours = socket.socketpair()
         self._queue.append(Connection(ours.detach(), _PAIR, caller_id, hangup=True))
@@ -155,6 +160,19 @@ class MemoryGate(ConnectedGate):
 
     def share(self) -> None:
         """There is nothing to share."""
+
+    def check_refusable(self) -> None:
+        """Nothing to check: `dial()` can always be refused."""
+
+    def refuse_new(self) -> None:
+        """Have `dial()` refused; whoever was not taken reads the end of the stream."""
+        self.refusing = True
+        while self._queue:
+            self._queue.popleft().reset()
+
+    def listen_again(self) -> None:
+        """Let `dial()` connect again."""
+        self.refusing = False
 
     def setsockopt(self, option: Option) -> None:
         """Refuse: there is no listening socket."""

@@ -37,7 +37,10 @@ class Gate(Protocol, Generic[A]):
         """How many refused connections could not be given the time to read why."""
 
     def share(self) -> None:
-        """Make the listening sockets fit to be accepted from by somebody else, too."""
+        """Make the listening sockets fit to be accepted from by somebody else, too.
+
+        For good: nobody tells when the other one has let go of them.
+        """
 
     def setsockopt(self, option: Option) -> None:
         """Set an option on the listening sockets."""
@@ -86,24 +89,31 @@ class Gate(Protocol, Generic[A]):
         """Drop a connection that found its end without a verdict."""
 
     def check_refusable(self) -> None:
-        """Check that the kernel can be made to refuse.
+        """Check that connects can be refused, and change nothing.
 
         Raises:
-            OSError, ValueError: It cannot; the sentence says why.
+            OSError: This gate cannot, and the message says why and what to do instead;
+                EOPNOTSUPP.
         """
 
     def refuse_new(self) -> None:
-        """Have the kernel refuse newcomers; whoever is still queued is reset.
+        """Have connects refused: ECONNREFUSED at once, until `listen_again()`.
+
+        Whoever is queued is reset, so the caller takes those first, without an await in
+        between. What was taken and what was admitted goes on. Meanwhile nobody waits, and
+        `take()` finds nobody. A second call does nothing.
 
         Raises:
-            OSError, ValueError: As `check_refusable()`; nothing has changed.
+            OSError: As `check_refusable()`, or the kernel would not. Nothing has changed.
+
+        Source: shutdown(2), listen(2).
         """
 
     def listen_again(self) -> None:
-        """End that.
+        """End what `refuse_new()` began; a second call does nothing.
 
         Raises:
-            OSError: The kernel does not listen; it goes on refusing.
+            OSError: The kernel would not. Connects go on being refused.
         """
 
     def stop(self) -> None:
