@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
 
-from condaccept._deciding import LOSSES, TO_OFFER, closed_error
+from condaccept._deciding import LOSSES, PER_WAKE_UP, TO_OFFER, closed_error
 from condaccept._exhaustion import Exhaustion
 from condaccept._pending import Status
 from condaccept._sockets import descriptor_free
@@ -41,8 +41,6 @@ __all__ = ("Handler", "Policy", "Serve", "Streams")
 
 T = TypeVar("T")
 
-PER_WAKE_UP: Final = 32
-"""Offers before the loop's other readers have their turn: a few hundred microseconds."""
 IN_A_ROW: Final = 64
 """Iterations that complete at once before one yields to the loop."""
 
@@ -100,6 +98,7 @@ class Consumption(abc.ABC, Generic[T]):
         self._again = False
         self._soon: asyncio.Handle | None = None
         self._retry: asyncio.TimerHandle | None = None
+        self._errors = 0  # of accept(2), one after the other
 
     # -- what it is told as the consumer
 
@@ -124,6 +123,8 @@ class Consumption(abc.ABC, Generic[T]):
 
     def closed(self) -> None:
         """Stop: the listener was closed, or takes no more."""
+        if self._deciding.stopped:
+            self._no_more_episode()
         self._later()
 
     @abc.abstractmethod
@@ -151,6 +152,8 @@ class Consumption(abc.ABC, Generic[T]):
 
     def _end(self) -> None:
         """Do nothing any more."""
+        if self._deciding.consumer is self:
+            self._no_more_episode()
         for handle in (self._soon, self._retry):
             if handle is not None:
                 handle.cancel()
@@ -225,31 +228,36 @@ class Consumption(abc.ABC, Generic[T]):
             # Else decided meanwhile, or here twice.
             if _is_due(pending) and deciding.look(pending):
                 return pending
-        if self._pending.crowded and not (deciding.expires_oldest and self._pending.deferred):
-            return None
-        while (taken := self._take()) is not None and taken._status not in TO_OFFER:
-            pass  # lost before it was taken
-        return taken
+        return self._take()
 
     def _take(self) -> PendingTransport | None:
-        exhaustion = self._policy.exhaustion
+        deciding, exhaustion = self._deciding, self._policy.exhaustion
+        if self._pending.crowded and not (deciding.expires_oldest and self._pending.deferred):
+            return None
         try:
-            pending = self._deciding.take()
+            pending = deciding.take()
         except NetworkDownError as error:
+            # About one connection, says accept(2), so the next is tried at once; unless
+            # there is no end of them.
             logger.debug("%s", error.reason)
-            self._again = True
+            self._errors += 1
+            if self._errors % PER_WAKE_UP:
+                self._again = True
+            else:
+                self._set_retry()
             return None
         except (DescriptorsExhaustedError, BuffersExhaustedError) as error:
             self._exhausted(error)
             return None
         except AcceptError as error:
+            logger.error("accepting has ended: %s", error.reason)  # noqa: TRY400 - a sentence
             self._broken(error)
             return None
-        if exhaustion.under_way:
-            if pending is not None:
-                exhaustion.succeeded()
-            elif not self._gate.waiting():
-                self._nobody_waits()
+        self._errors = 0
+        if pending is not None:
+            exhaustion.succeeded()
+        elif exhaustion.under_way and not self._gate.waiting():
+            self._nobody_waits()
         return pending
 
     @abc.abstractmethod
@@ -260,6 +268,8 @@ class Consumption(abc.ABC, Generic[T]):
         if pending._status is Status.READY:
             self._give_ready(pending)
             return
+        if pending._status not in TO_OFFER:
+            return  # lost before it was taken
         try:
             verdict = self._deciding.ask(pending, self._condition, self._callback_data)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - of one client
@@ -364,13 +374,13 @@ class Consumption(abc.ABC, Generic[T]):
             )
             for callback in self._policy.on_exhausted:
                 self._loop.call_soon(callback, begun)
+                self._again = True  # behind it: it may have closed something
         self._set_retry()
 
     def _set_retry(self) -> None:
         # A descriptor that is closed elsewhere in the process tells nobody.
         if self._retry is None:
-            delay = self._policy.exhaustion.delay
-            self._retry = self._loop.call_later(delay, self._try_again)
+            self._retry = self._loop.call_later(self._policy.exhaustion.pause(), self._try_again)
 
     def _try_again(self) -> None:
         self._retry = None
@@ -381,19 +391,25 @@ class Consumption(abc.ABC, Generic[T]):
         if not descriptor_free():
             self._set_retry()
             return
-        ended = self._policy.exhaustion.caught_up(self._loop.time())
+        self._end_episode("accepting again, nobody waits")
+
+    def _end_episode(self, how: str) -> None:
         if self._retry is not None:
             self._retry.cancel()
             self._retry = None
+        ended = self._policy.exhaustion.caught_up(self._loop.time())
         if ended is not None:
             logger.warning(
-                "accepting again after %.3f s: %s",
+                "%s; without for %.3f s, %s waited at once",
+                how,
                 ended.seconds,
-                "all are served"
-                if ended.waiting is None
-                else f"up to {ended.waiting} waited at once, all are served",
+                "some" if ended.waiting is None else f"up to {ended.waiting}",
                 extra={"seconds": ended.seconds, "waiting": ended.waiting},
             )
+
+    def _no_more_episode(self) -> None:
+        """Try no more: nobody is to be taken."""
+        self._end_episode("nobody is accepted any more")
 
 
 class Streams(Consumption[T]):
@@ -521,6 +537,7 @@ class Streams(Consumption[T]):
         super().left_place()
 
     def closed(self) -> None:
+        super().closed()
         while self._waiters:
             self._wake()
 
@@ -549,7 +566,7 @@ class Serve(Consumption[T]):
             raise TypeError(message)
         super().__init__(*args)
         self._handler = handler
-        self._handlers: set[asyncio.Task[None]] = set()
+        self._handlers: dict[asyncio.Task[None], Stream] = {}
         self._ending: asyncio.Future[None] | None = None
         self._error: AcceptError | None = None
 
@@ -578,12 +595,16 @@ class Serve(Consumption[T]):
         """How many handlers are running."""
         return len(self._handlers)
 
+    def stream_of(self, task: asyncio.Task[Any] | None) -> Stream | None:
+        """Return the stream that *task* is the handler of."""
+        return None if task is None else self._handlers.get(task)
+
     def busy(self) -> bool:
         """Whether it is running."""
         return self._ending is not None
 
     def closed(self) -> None:
-        self._later()
+        super().closed()
         self._after()
 
     async def _finished(self, *, cancel: bool) -> None:
@@ -591,7 +612,7 @@ class Serve(Consumption[T]):
         if cancel:
             self._end()
             self._cancel()
-        while tasks := self._deciders | self._handlers:
+        while tasks := self._deciders | self._handlers.keys():
             try:
                 await asyncio.wait(tasks)
             except asyncio.CancelledError:
@@ -600,14 +621,14 @@ class Serve(Consumption[T]):
                 self._cancel()
 
     def _cancel(self) -> None:
-        for task in self._deciders | self._handlers:
+        for task in self._deciders | self._handlers.keys():
             task.cancel()
 
     def _after(self) -> None:
+        over = self._deciding.finished() or self._error is not None
         ending = self._ending
-        if ending is not None and not ending.done() and not self._loop.is_closed():
-            if self._deciding.finished() or self._error is not None:
-                ending.set_result(None)
+        if over and ending is not None and not ending.done() and not self._loop.is_closed():
+            ending.set_result(None)
 
     def _wants(self) -> bool:
         return self._error is None and self._ending is not None and not self._ending.done()
@@ -617,8 +638,8 @@ class Serve(Consumption[T]):
 
     def _give(self, stream: Stream, result: T) -> None:
         task = self._loop.create_task(self._handle(stream, result))
-        self._handlers.add(task)
-        task.add_done_callback(self._handlers.discard)
+        self._handlers[task] = stream
+        task.add_done_callback(self._handlers.pop)
 
     async def _handle(self, stream: Stream, result: T) -> None:
         try:
@@ -641,7 +662,6 @@ class Serve(Consumption[T]):
             stream.close()
 
     def _broken(self, error: AcceptError) -> None:
-        logger.error("serving has ended: %s", error.reason)
         self._error = error
 
 

@@ -182,8 +182,9 @@ class MemoryGate(ConnectedGate):
         """Refuse: there is no listening socket."""
         raise OSError(errno.ENOTSOCK, f"there is no socket to read {(level, name, buflen)!r} of")
 
-    def start(self, ready: Callable[[], object]) -> None:
+    def start(self, ready: Callable[[], object], told: Callable[[], object]) -> None:
         """Begin; *ready* is called by `dial()`."""
+        self._farewells.ended = told
         self._ready = ready
 
     def waiting(self) -> bool:

@@ -48,8 +48,11 @@ class Gate(Protocol, Generic[A]):
     def getsockopt(self, level: int, name: int, buflen: int) -> int | bytes:
         """Read an option of the first listening socket; *buflen* 0 for an integer."""
 
-    def start(self, ready: Callable[[], object]) -> None:
-        """Begin; *ready* is called when somebody has come. It is a hint."""
+    def start(self, ready: Callable[[], object], told: Callable[[], object]) -> None:
+        """Begin; *ready* is called when somebody has come. It is a hint.
+
+        *told* is called when a refused connection that counted as `rejecting` is over.
+        """
 
     def waiting(self) -> bool:
         """Whether somebody waits to be taken."""

@@ -109,6 +109,7 @@ class HandshakeGate(ConnectedGate):
         self._own = lingers is not None
         self._shared = False
         self._refusing = False
+        self._stopped = False
         self._lanes = deque(_Lane(sock) for sock in sockets)
         self._first = self._lanes[0]
         # Asking is a fifth of the price of an accept(2) that says EAGAIN, and it tells
@@ -237,7 +238,8 @@ class HandshakeGate(ConnectedGate):
             return lane.sock.getsockopt(level, name, buflen)
         return lane.sock.getsockopt(level, name)
 
-    def start(self, ready: Callable[[], object]) -> None:
+    def start(self, ready: Callable[[], object], told: Callable[[], object]) -> None:
+        self._farewells.ended = told
         self._arrived = ready
         for lane in self._lanes:
             self._register(lane)
@@ -301,6 +303,9 @@ class HandshakeGate(ConnectedGate):
         return arrival.own()
 
     def stop(self) -> None:
+        if self._stopped:
+            return  # their numbers may be those of other descriptors by now
+        self._stopped = True
         _unshared.discard(self)
         for lane in self._lanes:
             self._watch.unregister(lane.fd)
