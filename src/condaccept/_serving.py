@@ -454,12 +454,13 @@ class Streams(Consumption[T]):
             while True:
                 if self._error is not None:
                     raise self._error
-                if self._over or self._deciding.finished():
-                    raise closed_error()
-                self._begin()
+                if not self._given:
+                    if self._over or self._finished():
+                        raise closed_error()
+                    self._begin()
                 if (result := self._try()) is not None:
                     return result[0]
-                if not self._deciding.finished() and self._error is None:
+                if not self._finished() and self._error is None:
                     await self._wait()
         except ListenerClosedError:
             await self._turn()
@@ -494,6 +495,20 @@ class Streams(Consumption[T]):
     async def _turn(self) -> None:
         self._streak = 0
         await asyncio.sleep(0)
+
+    def _finished(self) -> bool:
+        """Whether nobody will come any more.
+
+        The decision in which the listener was closed keeps its verdict: that one may come.
+        """
+        return self._deciding.finished() and all(task.cancelling() for task in self._deciders)
+
+    def _decided(
+        self, pending: PendingTransport, awaitable: Awaitable[Any], task: asyncio.Task[None]
+    ) -> None:
+        super()._decided(pending, awaitable, task)
+        if self._deciding.finished():
+            self.closed()
 
     def _try(self) -> tuple[T] | None:
         """Take and decide until a stream is there; ``None``: it has to be waited for."""
