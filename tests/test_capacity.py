@@ -40,6 +40,7 @@ from tests.support import (
     accept,
     caught_up,
     defer,
+    logged,
     queued,
     reject,
     reset,
@@ -872,7 +873,7 @@ async def test_shared_meanwhile(dial: Dial, caplog: pytest.LogCaptureFixture) ->
             dial(service.listener)
             await queued(service.listener, n + 1)
             await caught_up()
-        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert [record.levelname for record in logged(caplog)] == ["WARNING"]
         assert "shared" in caplog.text
         first.close()
         await service.has_served(2)

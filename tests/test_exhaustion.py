@@ -36,7 +36,7 @@ from condaccept import (
 )
 from condaccept._exhaustion import FIRST, LONGEST, Exhaustion
 from condaccept.testing import ScriptedSocket
-from tests.support import LIMIT, accept, caught_up, queued, turns, until, wire_end
+from tests.support import LIMIT, accept, caught_up, logged, queued, turns, until, wire_end
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -192,7 +192,7 @@ def episodes(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """What the log says of episodes."""
     caplog.set_level(logging.INFO, "condaccept")
     return lambda: [
-        record.getMessage() for record in caplog.records if record.levelno == logging.WARNING
+        record.getMessage() for record in logged(caplog) if record.levelno == logging.WARNING
     ]
 
 
@@ -433,7 +433,7 @@ async def test_shedding(
             assert (expired.status, expired.caller_id) == (Status.EXPIRED, names[0])
             assert expired.reason.startswith("expired for a newcomer: no descriptor is free")
             assert accepted.status is Status.ACCEPTED
-            assert len(caplog.records) == 2
+            assert len(logged(caplog)) == 2
 
 
 async def test_pausing_keeps_the_deferred(shortage: Descriptors, dial: Dial) -> None:
@@ -616,7 +616,7 @@ async def test_goes_on(dial: Dial, caplog: pytest.LogCaptureFixture, how: str) -
         statistics = listener.statistics()
         assert (statistics.taken, statistics.reset, statistics.accepted) == (2, 1, 1)
         assert not task.done()
-        assert not caplog.records
+        assert not logged(caplog)
 
 
 async def test_no_end_of_errors(dial: Dial, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -653,7 +653,7 @@ async def test_ends(
         with pytest.raises(kind) as caught:
             await asyncio.wait_for(task, LIMIT)
         assert type(caught.value) is kind
-        assert [record.levelname for record in caplog.records] == ["ERROR"]
+        assert [record.levelname for record in logged(caplog)] == ["ERROR"]
         assert caught.value.reason in caplog.text
 
 
@@ -707,11 +707,11 @@ async def test_a_low_limit(
     resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     try:
         async with await listen("127.0.0.1", 0, **options) as listener:
-            assert len(caplog.records) == warned
+            assert len(logged(caplog)) == warned
             if warned:
                 assert f"allows {allowed} descriptors" in caplog.text
             listener.max_streams = 5000
-            assert len(caplog.records) == warned + 1
+            assert len(logged(caplog)) == warned + 1
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     await caught_up()

@@ -125,10 +125,7 @@ class Accepting(Generic[T]):
             # may be cancelled, and another has to tell of it.
             while (pending := self._head()) is None or (pending._status in LOSSES and not turned):
                 turned = True
-                if pending is not None:
-                    await self._turn()
-                else:
-                    await self._wait(self._line())
+                await (self._turn() if pending is not None else self._wait(self._line()))
             if pending._status not in TO_OFFER:
                 stream: Any = self.deciding.unasked(pending)
             else:

@@ -133,6 +133,7 @@ class Deciding(Generic[T]):
         deciders: Those under decision by an async condition, and the tasks that wait.
         options: Socket options set after the listener began.
         closed: Whether `close()` was called.
+        aborted: Whether the streams were aborted as well.
     """
 
     def __init__(
@@ -181,6 +182,7 @@ class Deciding(Generic[T]):
         self.deciders: dict[PendingTransport, asyncio.Task[Any] | None] = {}
         self.options: list[Option] = []
         self.closed = False
+        self.aborted = False
 
     def start(self, consumer: Consumer) -> None:
         """Begin, with *consumer* as the one that there is."""
@@ -296,6 +298,7 @@ class Deciding(Generic[T]):
 
     def abort_streams(self, own: Stream | None = None) -> None:
         """Abort every stream that is open, but for *own*."""
+        self.aborted = True
         for stream in self.streams():
             if stream is not own:
                 (stream._attachment or stream).abort()

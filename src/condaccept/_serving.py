@@ -192,8 +192,10 @@ class Consumption(abc.ABC, Generic[T]):
                 if pending is None:
                     return
                 self._offer(pending)
+                self._deciding.done_with_fresh()
             self._again = True
         finally:
+            self._deciding.done_with_fresh()
             self._pumping = False
             if self._again:
                 self._later()
@@ -275,8 +277,6 @@ class Consumption(abc.ABC, Generic[T]):
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - of one client
             self._condition_raised(pending, error)
             return
-        finally:
-            self._deciding.done_with_fresh()
         if isinstance(verdict, _VERDICTS) or not inspect.isawaitable(verdict):
             self._conclude(pending, verdict)
             return
@@ -663,10 +663,14 @@ class Serve(Consumption[T]):
                 message = f"a handler is async, or returns an awaitable: {self._handler!r}"
                 raise TypeError(message)
             await running
-        except Exception:
-            logger.exception(
+        except Exception as error:
+            # What a handler makes of its stream being aborted is no fault of it.
+            expected = self._deciding.aborted and isinstance(error, ConnectionAbortedError)
+            logger.log(
+                logging.DEBUG if expected else logging.ERROR,
                 "the handler of %r raised",
                 stream.caller_id,
+                exc_info=True,
                 extra={"caller_id": stream.caller_id},
             )
             stream.abort()
