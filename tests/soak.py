@@ -92,14 +92,13 @@ class Soak:
         """Say anything, at once or later."""
         if pending in self.deciding:
             self.wrong.append(f"two decisions at once about {pending!r}")
-        self.offered.add(pending)
         if self.rng.random() < 0.5:
             n = len(self.holds)
             self.holds.append(0)
             pending.hold(partial(self.release, n))
-        if not pending.deferrals:
-            with contextlib.suppress(RuntimeError):
-                pending.on_settled(lambda _: self.settled.update([pending]))
+        if pending not in self.offered:
+            self.offered.add(pending)
+            pending.on_settled(lambda _: self.settled.update([pending]))
         roll = self.rng.random()
         if roll < 0.05:
             raise MishapError

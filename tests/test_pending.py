@@ -657,9 +657,9 @@ def test_head(statuses: tuple[Status, ...], head: int | None, due: bool) -> None
 def test_head_passes_by_one_that_is_waited_for() -> None:
     """A connection that another call waits for is nobody else's head."""
     pending, entered = deque_of(READY, DEFERRED)
-    entered[0]._taker = object()
+    entered[0]._stay.taker = object()
     assert pending.head() is entered[1]
-    entered[0]._taker = None
+    entered[0]._stay.taker = None
     assert pending.head() is entered[0]
 
 

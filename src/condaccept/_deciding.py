@@ -17,7 +17,14 @@ import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, TypeVar, cast
 
-from condaccept._pending import Condition, Peer, PendingDeque, PendingTransport, Status
+from condaccept._pending import (
+    PEEK_LIMIT,
+    Condition,
+    Peer,
+    PendingDeque,
+    PendingTransport,
+    Status,
+)
 from condaccept._sockets import OwnedSocket, inherit_options, peer, reset
 from condaccept._stream import Stream
 from condaccept._verdict import Accept, AnyVerdict, Defer, Reject, Verdict
@@ -39,7 +46,7 @@ if TYPE_CHECKING:
     from condaccept._capacity import Capacity, Limit
     from condaccept._events import Signals
     from condaccept._ledger import Ledger
-    from condaccept._pending import Arrival, Release
+    from condaccept._pending import Arrival, Release, Stay
     from condaccept._sockets import Option
     from condaccept._watch import Watch
     from condaccept.gates._gate import Gate
@@ -74,6 +81,7 @@ LOSSES: Final[dict[Status, type[AcceptError]]] = {
 }
 """How a connection can be lost before a verdict, and the error that tells of it."""
 TO_OFFER: Final = frozenset({Status.QUEUED, Status.DEFERRED})
+TO_RECONSIDER: Final = frozenset({Status.DEFERRED, Status.DECIDING})
 TO_COME: Final = object()
 """In the place of a stream: it is on the deque, accepted, and has still to come or to be
 given out."""
@@ -170,7 +178,8 @@ class Deciding(Generic[T]):
         self._relisten: asyncio.TimerHandle | None = None
         self._left_queued = 0
         self._until_free: list[tuple[int, PendingTransport]] = []  # by place, some of them old
-        self._frees = 0  # how many places were given back
+        self._frees = 0  # how many places were given back that nobody waited for
+        self._frees_before = 0  # the same, when the last offer began
         self._fresh: PendingTransport | None = None  # taken, and in the hands of a call
         self._streams: dict[int, weakref.ref[Stream]] = {}
         self._serial = 0
@@ -253,7 +262,7 @@ class Deciding(Generic[T]):
             task = self.deciders.get(pending)
             if pending is self.asked or (task is not None and task is current):
                 continue  # the condition that closes the listener keeps its verdict
-            if pending._taker is _IN_HAND:
+            if pending._stay.taker is _IN_HAND:
                 continue
             self._drop(pending)
             if task is not None:
@@ -423,9 +432,8 @@ class Deciding(Generic[T]):
         """Make one offer, as far as a plain condition goes."""
         if pending._kept:
             self._pending.move(pending, Status.DECIDING, 0.0)
-            pending._due = pending._again = False
-            pending._frees = None
-            self._drop_hints(pending)
+            pending._again = False
+        self._frees_before = self._frees
         self._ledger.offers += 1
         pending.callback_data = callback_data
         pending.group = pending._callee_data = None
@@ -486,7 +494,7 @@ class Deciding(Generic[T]):
         if pending not in self.deciders:
             if not pending._kept:
                 self._enter(pending, Status.DECIDING)
-            pending._frees = self._frees
+            pending._stay.frees = self._frees_before
         self.deciders[pending] = task
         self.consumer.left_place()
 
@@ -495,17 +503,17 @@ class Deciding(Generic[T]):
 
         A call that is cancelled in it has told nobody; then the loss stays.
         """
-        loss._taker = _IN_HAND
+        loss._stay.taker = _IN_HAND
         try:
             await asyncio.sleep(0)
         except BaseException:
-            loss._taker = None
+            loss._stay.taker = None
             self.consumer.became_due(loss)
             raise
         return self._report(loss)
 
     def conclude(
-        self, pending: PendingTransport, verdict: object, *, deliver: bool = True
+        self, pending: PendingTransport, verdict: object, *, deliver: bool = True, keep: bool = True
     ) -> object:
         """Do as the verdict says.
 
@@ -514,25 +522,34 @@ class Deciding(Generic[T]):
             what ``stream_factory`` made of it; or TO_COME, always if not *deliver*.
 
         Raises:
-            AcceptError: The verdict cannot be carried out; the connection keeps its place.
+            AcceptError: The verdict cannot be carried out; the connection keeps its place,
+                or is rejected if not *keep*.
             ListenerClosedError: The condition deferred, and has closed the listener.
             Exception: No stream could be made; the connection has failed.
         """
-        if verdict is _BARE_ACCEPT:
-            return self._accept(pending, _ACCEPT, deliver=deliver)
-        if verdict is _BARE_REJECT:
-            return self._reject(pending, _REJECT)
-        if verdict is _BARE_DEFER:
-            return self._defer(pending, _DEFER)
-        if isinstance(verdict, Accept):
-            return self._accept(pending, verdict, deliver=deliver)
-        if isinstance(verdict, Reject):
-            return self._reject(pending, verdict)
-        if isinstance(verdict, Defer):
-            return self._defer(pending, verdict)
-        self.undo(pending)
-        reason = f"a condition returns ACCEPT, REJECT or DEFER, this one returned {verdict!r}"
-        raise InvalidVerdictError(reason, pending.caller_id)
+        try:
+            if verdict is _BARE_ACCEPT:
+                return self._accept(pending, _ACCEPT, deliver=deliver)
+            if verdict is _BARE_REJECT:
+                return self._reject(pending, _REJECT)
+            if verdict is _BARE_DEFER:
+                return self._defer(pending, _DEFER)
+            if isinstance(verdict, Accept):
+                return self._accept(pending, verdict, deliver=deliver)
+            if isinstance(verdict, Reject):
+                return self._reject(pending, verdict)
+            if isinstance(verdict, Defer):
+                return self._defer(pending, verdict)
+            reason = f"a condition returns ACCEPT, REJECT or DEFER, this one returned {verdict!r}"
+            raise InvalidVerdictError(reason, pending.caller_id)
+        except (InvalidVerdictError, InvalidGroupError, CalleeDataError) as error:
+            # Unless ``stream_factory`` has raised it.
+            if pending._status is Status.DECIDING or pending._status is Status.QUEUED:
+                if keep:
+                    self.undo(pending)
+                else:
+                    self.refuse(pending, error.reason)
+            raise
 
     def refuse(self, pending: PendingTransport, reason: str) -> None:
         """Reject a connection for a reason of the listener's own."""
@@ -542,7 +559,6 @@ class Deciding(Generic[T]):
 
     def _accept(self, pending: PendingTransport, accept: Accept, *, deliver: bool) -> object:
         if pending.group is not None:
-            self.undo(pending)
             reason = f"the listener has no group {pending.group!r}"
             raise InvalidGroupError(reason, pending.caller_id)
         admission = self._gate.admit(pending._arrival)
@@ -552,13 +568,13 @@ class Deciding(Generic[T]):
         if isinstance(admission, OwnedSocket):
             if deliver or self.closed:
                 return self._deliver(pending, admission)
-            pending._socket = admission
             self._to(pending, Status.ADMITTED)
+            pending._stay.socket = admission
             self._to(pending, Status.READY)
             self.consumer.became_due(pending)
             return TO_COME
-        pending._socket = admission
         self._to(pending, Status.ADMITTED)
+        pending._stay.socket = admission
         if self.closed:
             self._drop(pending)
             raise closed_error(pending)
@@ -584,7 +600,6 @@ class Deciding(Generic[T]):
         if data is None:
             data = b"" if pending._callee_data is None else bytes(pending._callee_data)
         elif len(data) > pending.callee_data.capacity:
-            self.undo(pending)
             capacity = pending.callee_data.capacity
             reason = f"callee data of {len(data)} bytes is over the capacity of {capacity}"
             raise CalleeDataError(reason, pending.caller_id)
@@ -602,22 +617,22 @@ class Deciding(Generic[T]):
                 pending._arrival, defer.until_bytes or 0, partial(self._changed, pending)
             )
         except ValueError as error:
-            self.undo(pending)
             raise InvalidVerdictError(str(error), pending.caller_id) from error
         pending.deferrals += 1
         self._ledger.deferrals += 1
-        pending._hints = defer
         pending.timed_out = False
-        wait = defer.after if defer.after is not None else defer.within
-        if defer.after is not None and defer.within is not None:
-            wait = min(defer.after, defer.within)
-        pending._wake_at = None if wait is None else self._loop.time() + wait
-        self._to(pending, Status.DEFERRED)
+        frees = pending._stay.frees if pending._kept else self._frees_before
+        if pending._kept:
+            self._hint(pending._stay, defer)
+            self._to(pending, Status.DEFERRED)
+        else:
+            self._to(pending, Status.DEFERRED)
+            self._hint(pending._stay, defer)
+            self._pending.set_alarm(pending)
         self._set_timer()
-        again = pending._again
+        # Given back while the condition was still thinking, the place would go to nobody.
+        again = pending._again or (defer.until_free and frees < self._frees)
         if defer.until_free:
-            if pending._frees not in (None, self._frees):
-                again = True  # given back while the condition was still thinking
             self._wait_for_place(pending)
         # Last: a release may do anything, close the listener for one.
         self._ledger.end_offer(pending)
@@ -627,13 +642,19 @@ class Deciding(Generic[T]):
             self.wake(pending)
         return defer
 
+    def _hint(self, stay: Stay, defer: Defer) -> None:
+        stay.due = False
+        stay.hints = defer
+        waits = [each for each in (defer.after, defer.within) if each is not None]
+        stay.wake_at = self._loop.time() + min(waits) if waits else None
+
     # -- waking
 
     def wake(self, pending: PendingTransport) -> bool:
         """Make a deferred connection due; return whether it will be offered again."""
         if pending._status is Status.DEFERRED:
-            if not pending._due:
-                pending._due = True
+            if not pending._stay.due:
+                pending._stay.due = True
                 self._drop_hints(pending)
                 self.consumer.became_due(pending)
             return True
@@ -644,57 +665,71 @@ class Deciding(Generic[T]):
 
     def _drop_hints(self, pending: PendingTransport) -> None:
         """Wait for nothing any more, but for the deadline and for the caller to leave."""
-        hints, pending._hints = pending._hints, None
-        pending._wake_at = None
+        hints, pending._stay.hints = pending._stay.hints, None
+        pending._stay.wake_at = None
         if hints is not None and hints.until_bytes is not None:
             # Above its mark a socket tells of every further segment.
             self._gate.watch(pending._arrival, 0, partial(self._changed, pending))
 
     def wake_all(self, predicate: Callable[[PendingTransport], object] | None) -> None:
         """See `Listener.reconsider()`."""
-        self._wake_some(iter([p for p in self._pending if p._status is Status.DEFERRED]), predicate)
+        # Whoever is under decision may have looked before the change; but a condition that
+        # calls this has seen it, and would be asked for ever.
+        task = current_task()
+        chosen = [
+            pending
+            for pending in self._pending
+            if pending._status is Status.DEFERRED
+            or (
+                pending._status is Status.DECIDING
+                and pending is not self.asked
+                and (task is None or self.deciders.get(pending) is not task)
+            )
+        ]
+        self._wake_some(iter(chosen), predicate)
 
     def _wake_some(
         self,
-        deferred: Iterator[PendingTransport],
+        chosen: Iterator[PendingTransport],
         predicate: Callable[[PendingTransport], object] | None,
     ) -> None:
-        for _, pending in zip(range(PER_TURN), deferred, strict=False):
-            # Decided meanwhile, or under decision: that one has seen what changed, or will.
-            if pending._status is Status.DEFERRED and (predicate is None or predicate(pending)):
+        for _, pending in zip(range(PER_TURN), chosen, strict=False):
+            if pending._status in TO_RECONSIDER and (predicate is None or predicate(pending)):
                 self.wake(pending)
-        if not self.closed and deferred.__length_hint__():  # type: ignore[attr-defined]
-            self._loop.call_soon(self._wake_some, deferred, predicate)
+        if not self.closed and chosen.__length_hint__():  # type: ignore[attr-defined]
+            self._loop.call_soon(self._wake_some, chosen, predicate)
 
     def _freed(self) -> None:
         """Note that a place was given back: whoever waits for one has it, the oldest first."""
-        self._frees += 1
         self._wake_idle()
         if self.closed:
             return
-        self._wake_next_free()
+        if not self._wake_next_free():
+            self._frees += 1
         self.consumer.left_place()
         self._listen_if_room()
 
     def _wait_for_place(self, pending: PendingTransport) -> None:
-        if pending._in_line:
+        if pending._stay.in_line:
             return
         if len(self._until_free) > 2 * self._pending.deferred + 64:
             # Those that have found their end, and nobody has come to.
             self._until_free = [each for each in self._until_free if each[1]._kept]
             heapq.heapify(self._until_free)
-        pending._in_line = True
-        heapq.heappush(self._until_free, (pending._place, pending))
+        pending._stay.in_line = True
+        heapq.heappush(self._until_free, (pending._stay.place, pending))
 
-    def _wake_next_free(self) -> None:
+    def _wake_next_free(self) -> bool:
+        """Have the oldest that waits for a place offered again; whether there is one."""
         while self._until_free and not self.closed:
             pending = heapq.heappop(self._until_free)[1]
-            pending._in_line = False
-            hints = pending._hints
-            if pending._status is Status.DEFERRED and hints is not None and hints.until_free:
-                pending._by_free = True
+            stay = pending._stay
+            stay.in_line = False
+            if pending._status is Status.DEFERRED and stay.hints and stay.hints.until_free:
+                stay.by_free = True
                 self.wake(pending)
-                return
+                return True
+        return False
 
     # -- deciding by handle
 
@@ -706,8 +741,13 @@ class Deciding(Generic[T]):
     async def hand_out(self, pending: PendingTransport) -> object:
         """See `PendingTransport.take()`."""
         await asyncio.sleep(0)
-        self._begin(pending)
-        made = self.conclude(pending, _BARE_ACCEPT)
+        if pending._status is Status.READY and pending._stay.taker is None:
+            if not self.still_there(pending):
+                raise self._report(pending)
+            made = self.unasked(pending)
+        else:
+            self._begin(pending)
+            made = self.conclude(pending, _BARE_ACCEPT)
         if made is TO_COME:
             made = await self.completed(pending)
         return cast("tuple[Stream, object]", made)[1]
@@ -715,19 +755,19 @@ class Deciding(Generic[T]):
     def _begin(self, pending: PendingTransport) -> None:
         """Put a connection under a decision that is made elsewhere."""
         status = pending._status
-        if status is Status.DECIDING or pending is self.asked:
-            reason = "a condition is being asked about this connection"
+        if status is Status.DECIDING or (status is Status.QUEUED and not pending._kept):
+            reason = "this connection is under decision"
             raise AcceptInProgressError(reason, pending.caller_id)
         if status in LOSSES:
             raise LOSSES[status](pending._reason, pending.caller_id)
-        if status not in TO_OFFER or not pending._kept:
+        if status not in TO_OFFER:
             message = f"the connection from {pending.caller_id!r} is {status.value} already"
             raise RuntimeError(message)
         if not self.look(pending):
             raise self._report(pending)
-        pending._due = pending._again = False
-        self._drop_hints(pending)
+        pending._again = False
         self._pending.move(pending, Status.DECIDING, 0.0)
+        pending._stay.frees = self._frees
 
     def undo(self, pending: PendingTransport) -> None:
         """End an offer without a verdict: the connection keeps its place."""
@@ -741,6 +781,9 @@ class Deciding(Generic[T]):
             self._enter(pending, Status.QUEUED)
         self._ledger.end_offer(pending)
         if not self.closed:
+            hints = pending._stay.hints
+            if pending._status is Status.DEFERRED and hints is not None and hints.until_free:
+                self._wait_for_place(pending)
             # Its peer may have left meanwhile, and the watch tells that once.
             self._changed(pending)
             self.consumer.became_due(pending)
@@ -759,7 +802,8 @@ class Deciding(Generic[T]):
 
     def _deliver(self, pending: PendingTransport, sock: OwnedSocket) -> tuple[Stream, object]:
         """Make the stream of an accepted connection; also return what becomes of it."""
-        pending._taker = _IN_HAND
+        if pending._kept:
+            pending._stay.taker = _IN_HAND
         self._serial += 1
         sock.own(partial(self._over, self._serial, pending._release_holds()), self._forgotten)
         if self.options:
@@ -825,15 +869,15 @@ class Deciding(Generic[T]):
         """Act on what needs no condition: a loss to report, a connection that is ready."""
         if pending._status in LOSSES:
             raise self._report(pending)
-        sock, pending._socket = pending._socket, None
+        sock, pending._stay.socket = pending._stay.socket, None
         return self._deliver(pending, sock)
 
     def still_there(self, ready: PendingTransport) -> bool:
         """Whether the caller of an accepted connection that nobody has taken yet is there."""
-        sock = ready._socket
+        sock = ready._stay.socket
         if peer(sock, tcp=sock.proto == socket.IPPROTO_TCP) is not Peer.GONE:
             return True
-        ready._socket = None
+        ready._stay.socket = None
         reset(sock)
         self._book(ready, Status.RESET, "the peer reset the connection before it was taken")
         self._freed()
@@ -841,13 +885,16 @@ class Deciding(Generic[T]):
 
     async def completed(self, pending: PendingTransport) -> object:
         """Wait until the gate has produced the socket of an accepted connection."""
-        taker = pending._taker = self._loop.create_future()
+        taker = pending._stay.taker = self._loop.create_future()
         try:
             await taker
-        finally:
-            pending._taker = None
-            if taker.cancelled() and pending._status is not Status.ADMITTED:
+        except BaseException:
+            pending._stay.taker = None
+            if pending._status is Status.READY or pending._status in LOSSES:
+                # It came in the very turn of the cancellation: somebody else has to know.
                 self.consumer.became_due(pending)
+            raise
+        pending._stay.taker = None
         if self.closed:
             raise closed_error(pending)
         return self.unasked(pending)
@@ -860,16 +907,16 @@ class Deciding(Generic[T]):
                 reset(admission.result())
             return
         if lost:
-            pending._socket = None
+            pending._stay.socket = None
             self._book(pending, Status.RESET, "the caller left before the connection was complete")
             self._freed()
         else:
-            pending._socket = admission.result()
+            pending._stay.socket = admission.result()
             self._to(pending, Status.READY)
-        if pending._taker is None:
+        if pending._stay.taker is None:
             self.consumer.became_due(pending)
-        elif not pending._taker.done():
-            pending._taker.set_result(None)
+        elif not pending._stay.taker.done():
+            pending._stay.taker.set_result(None)
 
     # -- lost
 
@@ -879,6 +926,7 @@ class Deciding(Generic[T]):
         self._book(pending, status, reason)
 
     def _book(self, pending: PendingTransport, loss: Status, reason: str) -> None:
+        was = pending._status
         self._to(pending, loss)
         if not self.consumer.reports:
             self._pending.report(pending)
@@ -886,6 +934,8 @@ class Deciding(Generic[T]):
             self.consumer.left_place()
         pending._reason = reason
         self._ledger.settle(pending, loss, reason)
+        if was is Status.ADMITTED or was is Status.READY:
+            self._freed()
 
     def _report(self, loss: PendingTransport) -> AcceptError:
         """Return the error that tells of a loss, which is told once."""
@@ -896,14 +946,14 @@ class Deciding(Generic[T]):
     def _drop(self, pending: PendingTransport) -> None:
         """Close a connection because the listener was."""
         was = pending._status
-        taker = pending._taker
+        taker = pending._stay.taker
         self._to(pending, Status.CLOSED)
         if was is Status.ADMITTED:
-            pending._socket.cancel()
+            pending._stay.socket.cancel()
             if taker is not None and not taker.done():
                 taker.set_result(None)
         elif was is Status.READY:
-            reset(pending._socket)
+            reset(pending._stay.socket)
         else:
             self._gate.forget(pending._arrival)
         self._ledger.settle(pending, Status.CLOSED, "the listener was closed")
@@ -912,15 +962,17 @@ class Deciding(Generic[T]):
         """Look at a deferred connection: its peer left, or enough bytes came, or neither."""
         if pending._status is not Status.DEFERRED:
             return
+        stay = pending._stay
         if not self.look(pending):
             self.consumer.became_due(pending)
-        elif (
-            pending._hints is not None
-            and (n := pending._hints.until_bytes) is not None
-            # A Unix socket tells of any number of bytes.
-            and (len(pending.peek(n)) == n or pending.peer_closed)
-        ):
-            self.wake(pending)
+        elif stay.hints is not None and (n := stay.hints.until_bytes) is not None:
+            # A Unix socket tells of any number of bytes. And what has fulfilled a hint does
+            # not fulfil the same again: a condition that goes on waiting would be asked for
+            # ever about a caller who will send no more.
+            told = n, len(pending.peek(PEEK_LIMIT)), pending.peer_closed
+            if (told[1] >= n or told[2]) and told != stay.told:
+                stay.told = told
+                self.wake(pending)
 
     def _set_timer(self) -> None:
         alarm = self._pending.next_alarm
@@ -928,6 +980,7 @@ class Deciding(Generic[T]):
             if alarm is None or self._timer_at <= alarm:
                 return
             self._timer.cancel()
+            self._timer = None
         if alarm is not None:
             # Kept beside it: for a time that has come, uvloop gives a handle without when().
             self._timer_at = alarm
@@ -942,8 +995,12 @@ class Deciding(Generic[T]):
             )
         for pending in woken:
             if pending._status is Status.DEFERRED:
-                hints = pending._hints
-                pending.timed_out = hints is not None and hints.until_bytes is not None
+                hints = pending._stay.hints
+                pending.timed_out = (
+                    hints is not None
+                    and hints.within is not None
+                    and (hints.after is None or hints.within <= hints.after)
+                )
                 self.wake(pending)
         if not self.closed:
             self._set_timer()
@@ -1103,7 +1160,7 @@ class Deciding(Generic[T]):
         """Make a transition, on the deque where it belongs there."""
         if pending._kept:
             self._pending.move(pending, status, self._loop.time())
-            if pending._by_free:
+            if pending._stay.by_free:
                 self._use_place(pending, status)
             self._wake_idle()
             self.consumer.left_place()
@@ -1124,11 +1181,14 @@ class Deciding(Generic[T]):
         self._pending.enter(pending, status, self._loop.time())
 
     def _use_place(self, pending: PendingTransport, status: Status) -> None:
-        """Pass a place on that a connection was woken for and does not use."""
+        """Pass a place on that a connection was woken for and does not use.
+
+        One that waits for another has found that there is none; so would those behind it.
+        """
         if status is Status.DECIDING:
             return
-        pending._by_free = False
-        hints = pending._hints
+        pending._stay.by_free = False
+        hints = pending._stay.hints
         waits_on = status is Status.DEFERRED and hints is not None and hints.until_free
         if status is not Status.ADMITTED and status is not Status.ACCEPTED and not waits_on:
             self._wake_next_free()

@@ -115,7 +115,7 @@ class Listener(Generic[T]):
         self._pending = PendingDeque(max_pending, max_deciding, defer_timeout)
         self._ledger = Ledger(partial(_call_soon, loop), partial(_report, loop))
         self._file: tuple[str | bytes, tuple[int, int]] | None = None
-        self._serving: Serve[T] | None = None
+        self._serving: set[Serve[T]] = set()
         self._accepting: Accepting[T] = Accepting(
             loop,
             self._watch,
@@ -350,12 +350,12 @@ class Listener(Generic[T]):
             condition,
             callback_data,
         )
-        self._serving = serve
+        # One that was cancelled and still waits for its handlers leaves room for another.
+        self._serving.add(serve)
         try:
             await serve.run()
         finally:
-            if self._serving is serve:
-                self._serving = None
+            self._serving.discard(serve)
 
     def reconsider(self, predicate: Callable[[PendingTransport], object] | None = None) -> None:
         """Have deferred connections offered again, those for which *predicate* is true.
@@ -501,7 +501,7 @@ class Listener(Generic[T]):
             cut_short=self._gate.cut_short,
             streams=self._deciding.open_streams,
             starting=self._deciding.capacity.starting.taken,
-            handlers=0 if self._serving is None else self._serving.handlers,
+            handlers=sum(each.handlers for each in self._serving),
             backlog=None if backlog is None else backlog[0],
             backlog_limit=None if backlog is None else backlog[1],
             suspended=self._deciding.suspended,
@@ -571,9 +571,8 @@ class Listener(Generic[T]):
             Nobody is taken any more; nothing else is ended. Call it again, or `close()`.
         """
         _check_timeout("timeout", timeout)
-        own = None
-        if self._serving is not None:
-            own = self._serving.stream_of(asyncio.current_task())
+        task = asyncio.current_task()
+        own = next(filter(None, (serve.stream_of(task) for serve in self._serving)), None)
         left = await shutdown(self._deciding, timeout, own)
         self.close()
         self._deciding.abort_streams(own)

@@ -72,6 +72,7 @@ class Status(enum.Enum):
 
 _LOSSES = frozenset({Status.RESET, Status.EXPIRED})
 _ENDS = _LOSSES | {Status.ACCEPTED, Status.REJECTED, Status.FAILED, Status.CLOSED}
+_NEVER: Final = float("inf")
 _DECIDED = {Status.ADMITTED, Status.ACCEPTED, Status.REJECTED, Status.FAILED}
 
 TRANSITIONS: Final[dict[Status, frozenset[Status]]] = {
@@ -200,6 +201,48 @@ class CalleeData:
         return f"<CalleeData {len(self._data)} of {self.capacity} bytes>"
 
 
+@attrs.define(eq=False)
+class Stay:
+    """What is known of a connection from the time it is put on the deque.
+
+    Most are decided at once, and need none of it.
+
+    Attributes:
+        place: In the order of taking.
+        resume: Where it stands again when a decision ends without a verdict.
+        deadline: Of the deferral, counted from the first.
+        hints: What the deferral waits for.
+        wake_at: When the time in them is over.
+        alarm: When the deque will look at the two times.
+        due: Deferred, and to be offered again.
+        told: The bytes waited for, the bytes there, and whether no more will come, when it
+            was last woken for that: the same again is no news.
+        in_line: It is among those that wait for a place.
+        by_free: It is due because a place was given back, which it has to use or pass on.
+        frees: How many places nobody had waited for before the decision about it began.
+        taker: The call that waits for it, once it is accepted, or has it in its hands.
+        socket: Once it is accepted; a future of it while it has still to come.
+    """
+
+    place: int = 0
+    resume: Status = Status.QUEUED
+    deadline: float | None = None
+    hints: Defer | None = None
+    wake_at: float | None = None
+    alarm: float | None = None
+    due: bool = False
+    told: tuple[int, int, bool] | None = None
+    in_line: bool = False
+    by_free: bool = False
+    frees: int = 0
+    taker: Any = None
+    socket: Any = None
+
+
+_NO_STAY: Final = Stay()
+"""Of those that are not on the deque; nothing is ever written here."""
+
+
 class PendingTransport:
     """A connection without a verdict: Winsock's connection request.
 
@@ -220,30 +263,19 @@ class PendingTransport:
 
     __slots__ = (
         "_again",
-        "_alarm",
         "_arrival",
-        "_by_free",
         "_callee_data",
         "_clock",
-        "_deadline",
-        "_due",
-        "_frees",
-        "_hints",
         "_holds",
-        "_in_line",
         "_kept",
         "_offered",
         "_owner",
-        "_place",
         "_reason",
-        "_resume",
         "_settled",
-        "_socket",
         "_started",
         "_status",
+        "_stay",
         "_taken",
-        "_taker",
-        "_wake_at",
         "callback_data",
         "deferrals",
         "group",
@@ -258,26 +290,16 @@ class PendingTransport:
         self._clock = clock
         self._owner = owner
         self._taken = clock()
-        self._status = self._resume = Status.QUEUED
+        self._status = Status.QUEUED
         self._offered = False
         self._kept = False  # on the deque
-        self._place = 0  # there, in the order of taking
-        self._reason = ""
-        self._deadline: float | None = None  # of the deferral, counted from the first
-        self._wake_at: float | None = None  # a hint's time
-        self._alarm: float | None = None  # when the deque will look at the two
-        self._hints: Defer | None = None  # what the deferral waits for
-        self._due = False  # deferred, and to be offered again
+        self._stay = _NO_STAY
         self._again = False  # reconsidered while it was being decided about
-        self._in_line = False  # among those that wait for a place
-        self._by_free = False  # due because a place was given back, which it has to use
-        self._frees: int | None = None  # places given back before the decision began
+        self._reason = ""
         self._callee_data: CalleeData | None = None
         self._holds: list[Release] | None = None
         self._settled: list[Callable[[Any], object]] | None = None
-        self._socket: Any = None
         self._started: Callable[[], object] | None = None  # gives the place of starting back
-        self._taker: Any = None
         self.callback_data: Any = None
         self.state: Any = None
         self.group: str | None = None
@@ -493,8 +515,8 @@ class PendingDeque:
         # A linked list under the hood: `deque` removes from the middle in O(n), and `dict`
         # walks over what was deleted at its front each time the first one is asked for.
         self._order: OrderedDict[PendingTransport, None] = OrderedDict()
-        # (time, tie-breaker, connection). An entry counts if its time is the connection's
-        # `_alarm`; the others stay until their time comes or until they are the majority.
+        # (time, tie-breaker, connection). Entries that do not count any more stay until
+        # their time comes or until they are the majority.
         self._alarms: list[tuple[float, int, PendingTransport]] = []
         self._tie = 0
         self._places = 0
@@ -530,7 +552,7 @@ class PendingDeque:
             if (
                 status is not Status.DECIDING
                 and status is not Status.ADMITTED
-                and pending._taker is None
+                and pending._stay.taker is None
             ):
                 return pending
         return None
@@ -545,7 +567,7 @@ class PendingDeque:
     def due(self) -> bool:
         """Whether `head()` is more than a connection that waits for its hints."""
         head = self.head()
-        return head is not None and (head._status is not Status.DEFERRED or head._due)
+        return head is not None and (head._status is not Status.DEFERRED or head._stay.due)
 
     def enter(self, pending: PendingTransport, status: Status, now: float) -> None:
         """Put a connection that was just taken at the end of the deque."""
@@ -553,7 +575,7 @@ class PendingDeque:
             pending._move(status)
         pending._kept = True
         self._places += 1
-        pending._place = self._places
+        pending._stay = Stay(self._places)
         self._order[pending] = None
         self._count(pending, status, now)
 
@@ -575,7 +597,7 @@ class PendingDeque:
 
     def resume(self, pending: PendingTransport, now: float) -> None:
         """Give a connection under decision back, undecided, as it was before."""
-        self.move(pending, pending._resume, now)
+        self.move(pending, pending._stay.resume, now)
 
     def report(self, loss: PendingTransport) -> None:
         """Take a loss off the deque: somebody was told."""
@@ -591,44 +613,42 @@ class PendingDeque:
         """
         expired: list[PendingTransport] = []
         woken: list[PendingTransport] = []
-        while self._alarms and self._alarms[0][0] <= now and len(expired) + len(woken) < limit:
+        for _ in range(limit):
+            if not self._alarms or self._alarms[0][0] > now:
+                break
             when, _, pending = heapq.heappop(self._alarms)
-            if when != pending._alarm:
+            stay = pending._stay
+            if when != stay.alarm:
                 continue
-            pending._alarm = None
+            stay.alarm = None
             if pending._status is not Status.DEFERRED:
                 continue
-            if pending._deadline is not None and pending._deadline <= now:
+            if stay.deadline is not None and stay.deadline <= now:
                 expired.append(pending)
-            elif pending._wake_at is not None and pending._wake_at <= now:
-                pending._wake_at = None
+                continue
+            if stay.wake_at is not None and stay.wake_at <= now:
+                stay.wake_at = None
                 woken.append(pending)
-                self.set_alarm(pending)
-            else:
-                self.set_alarm(pending)
+            self.set_alarm(pending)
         return expired, woken
 
     @property
     def next_alarm(self) -> float | None:
         """When `alarms()` is to be asked next."""
-        alarms = self._alarms
-        while alarms and (alarms[0][2]._status in _ENDS or alarms[0][0] != alarms[0][2]._alarm):
-            heapq.heappop(alarms)
-        return alarms[0][0] if alarms else None
+        while self._alarms and not _counts(self._alarms[0]):
+            heapq.heappop(self._alarms)
+        return self._alarms[0][0] if self._alarms else None
 
     def set_alarm(self, pending: PendingTransport) -> None:
         """Have *pending* looked at when its deadline or its hint's time comes."""
-        deadline, when = pending._deadline, pending._wake_at
-        if when is None or (deadline is not None and deadline < when):
-            when = deadline
-        if when is None or (pending._alarm is not None and pending._alarm <= when):
+        stay = pending._stay
+        when = min(each for each in (stay.deadline, stay.wake_at, _NEVER) if each is not None)
+        if when == _NEVER or (stay.alarm is not None and stay.alarm <= when):
             return
         if len(self._alarms) > 2 * len(self._order) + 64:
-            self._alarms = [
-                e for e in self._alarms if e[2]._status not in _ENDS and e[0] == e[2]._alarm
-            ]
+            self._alarms = [entry for entry in self._alarms if _counts(entry)]
             heapq.heapify(self._alarms)
-        pending._alarm = when
+        stay.alarm = when
         self._tie += 1
         heapq.heappush(self._alarms, (when, self._tie, pending))
 
@@ -641,7 +661,14 @@ class PendingDeque:
             self.deciding += 1
         elif status is Status.DEFERRED:
             self.deferred += 1
-            pending._resume = Status.DEFERRED
-            if pending._deadline is None and self.defer_timeout is not None:
-                pending._deadline = now + self.defer_timeout
+            stay = pending._stay
+            stay.resume = Status.DEFERRED
+            if stay.deadline is None and self.defer_timeout is not None:
+                stay.deadline = now + self.defer_timeout
             self.set_alarm(pending)
+
+
+def _counts(entry: tuple[float, int, PendingTransport]) -> bool:
+    """Whether an entry of the alarms is still the one that its connection waits for."""
+    when, _, pending = entry
+    return pending._status not in _ENDS and when == pending._stay.alarm

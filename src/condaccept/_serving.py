@@ -25,8 +25,11 @@ from condaccept._verdict import Accept, Defer, Reject, Verdict
 from condaccept.exceptions import (
     AcceptError,
     BuffersExhaustedError,
+    CalleeDataError,
     ConditionNotCallableError,
     DescriptorsExhaustedError,
+    InvalidGroupError,
+    InvalidVerdictError,
     ListenerClosedError,
     NetworkDownError,
 )
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
     from condaccept._pending import Condition, PendingTransport
     from condaccept._stream import Stream
 
-__all__ = ("Handler", "Policy", "Serve", "Streams")
+__all__ = ("PER_WAKE_UP", "Handler", "Policy", "Serve", "Streams")
 
 T = TypeVar("T")
 
@@ -92,6 +95,7 @@ class Consumption(abc.ABC, Generic[T]):
         # What conditions and handlers see of context variables is what the caller saw.
         self._context = contextvars.copy_context()
         self._due: deque[PendingTransport] = deque()  # to be offered again
+        self._round = 0  # how many of them have their turn in this wake-up
         self._ready: deque[PendingTransport] = deque()  # to be given out
         self._deciders: set[asyncio.Task[None]] = set()
         self._pumping = False
@@ -145,7 +149,7 @@ class Consumption(abc.ABC, Generic[T]):
                 self._pending.report(pending)
             elif pending._status is not Status.DEFERRED:
                 self.became_due(pending)
-            elif not pending._due:
+            elif not pending._stay.due:
                 self._deciding.wake(pending)
             else:
                 self._due.append(pending)
@@ -174,7 +178,7 @@ class Consumption(abc.ABC, Generic[T]):
         if self._deciding.consumer is not self:
             return
         if not self._pumping:
-            self._context.run(self._pump)
+            self._pump()
         self._after()
 
     def _after(self) -> None:
@@ -184,16 +188,25 @@ class Consumption(abc.ABC, Generic[T]):
         """Take and decide, for a bounded number of offers."""
         self._pumping = True
         self._again = False
+        # Those that become due in between come next time: one that is reconsidered by its
+        # own condition must not keep the others waiting.
+        self._round = len(self._due)
         try:
             for _ in range(PER_WAKE_UP):
                 if not self._wants():
                     return
                 pending = self._next()
                 if pending is None:
+                    self._again |= self._round == 0 and bool(self._due)
                     return
-                self._offer(pending)
+                # No offer sees what another one has set in context variables; a handler
+                # sees what its own connection's condition has.
+                self._context.copy().run(self._offer, pending)
                 self._deciding.done_with_fresh()
             self._again = True
+        except BaseException:
+            self._again = True  # what told of the others is spent
+            raise
         finally:
             self._deciding.done_with_fresh()
             self._pumping = False
@@ -213,23 +226,17 @@ class Consumption(abc.ABC, Generic[T]):
         """Whether one that is accepted now can be given out now."""
 
     def _next(self) -> PendingTransport | None:
-        """Return the next connection to offer, or to give out; ``None``: nobody is there."""
+        """Return the next one to look at, who may be lost by now; ``None``: nobody is there."""
         deciding = self._deciding
-        if deciding.closed:
-            return None
-        while self._ready and self._wants_stream():
-            pending = self._ready.popleft()
-            if pending._status is Status.READY:
-                return pending
+        if self._ready and self._wants_stream():
+            return self._ready.popleft()
         if self._pending.deciding >= self._pending.max_deciding:
             return None
-        while self._due:
+        if self._round:
             if not deciding.room_to_offer():
                 return None
-            pending = self._due.popleft()
-            # Else decided meanwhile, or here twice.
-            if _is_due(pending) and deciding.look(pending):
-                return pending
+            self._round -= 1
+            return self._due.popleft()
         return self._take()
 
     def _take(self) -> PendingTransport | None:
@@ -271,7 +278,9 @@ class Consumption(abc.ABC, Generic[T]):
             self._give_ready(pending)
             return
         if pending._status not in TO_OFFER:
-            return  # lost before it was taken
+            return  # decided meanwhile, or lost
+        if pending._kept and not (_is_due(pending) and self._deciding.look(pending)):
+            return  # here twice, or lost
         try:
             verdict = self._deciding.ask(pending, self._condition, self._callback_data)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - of one client
@@ -288,15 +297,11 @@ class Consumption(abc.ABC, Generic[T]):
     async def _decide(self, pending: PendingTransport, awaitable: Awaitable[Any]) -> None:
         try:
             verdict = await self._deciding.answer(pending, awaitable)
-        except ListenerClosedError:
-            if pending._status is not Status.CLOSED:
+        except (Exception, asyncio.CancelledError) as error:
+            if pending._status is Status.REJECTED:
+                self._condition_raised(pending, error)
+            elif pending._status is not Status.CLOSED or not isinstance(error, ListenerClosedError):
                 raise
-        except asyncio.CancelledError as error:
-            if pending._status is not Status.REJECTED:
-                raise
-            self._condition_raised(pending, error)
-        except Exception as error:  # noqa: BLE001 - of one client
-            self._condition_raised(pending, error)
         else:
             if self._deciding.look(pending):
                 self._conclude(pending, verdict)
@@ -305,27 +310,30 @@ class Consumption(abc.ABC, Generic[T]):
         self, pending: PendingTransport, awaitable: Awaitable[Any], task: asyncio.Task[None]
     ) -> None:
         self._deciders.discard(task)
-        if task.cancelled() and inspect.iscoroutine(awaitable):
-            # Before its first step, maybe: then the condition has never begun.
-            awaitable.close()
+        if task.cancelled():
+            # Before its first step, maybe: then nobody has ever awaited it.
+            if inspect.iscoroutine(awaitable):
+                awaitable.close()
+            elif asyncio.isfuture(awaitable):
+                awaitable.cancel()
         self._deciding.abandon(pending, task)
         self._later()
 
     def _conclude(self, pending: PendingTransport, verdict: object) -> None:
         deciding = self._deciding
         try:
-            made: Any = deciding.conclude(pending, verdict, deliver=self._wants_stream())
+            # Fail closed: there is no caller who could be told to try something else.
+            made: Any = deciding.conclude(
+                pending, verdict, deliver=self._wants_stream(), keep=False
+            )
         except ListenerClosedError:
             return
-        except AcceptError as error:
+        except (InvalidVerdictError, InvalidGroupError, CalleeDataError) as error:
             logger.error(  # noqa: TRY400 - whose fault it is stands in the sentence
                 "%r is not accepted: %s", pending.caller_id, error.reason, extra=_extra(pending)
             )
-            if pending._status in TO_OFFER:
-                # Fail closed: there is no caller who could be told to try something else.
-                deciding.refuse(pending, error.reason)
             return
-        except Exception:
+        except (Exception, asyncio.CancelledError):
             logger.exception(
                 "no stream could be made for %r", pending.caller_id, extra=_extra(pending)
             )
@@ -334,11 +342,11 @@ class Consumption(abc.ABC, Generic[T]):
             self._give(*made)
 
     def _give_ready(self, pending: PendingTransport) -> None:
-        if not self._deciding.still_there(pending):
-            return
+        if pending._stay.taker is not None or not self._deciding.still_there(pending):
+            return  # to be given to a call that waits for it, or lost
         try:
             made: Any = self._deciding.unasked(pending)
-        except Exception:
+        except (Exception, asyncio.CancelledError):
             logger.exception(
                 "no stream could be made for %r", pending.caller_id, extra=_extra(pending)
             )
@@ -451,17 +459,16 @@ class Streams(Consumption[T]):
         self._iterating += 1
         try:
             self._deciding.check_reentry()
-            while True:
+            while not self._given:
                 if self._error is not None:
                     raise self._error
-                if not self._given:
-                    if self._over or self._finished():
-                        raise closed_error()
-                    self._begin()
-                if (result := self._try()) is not None:
-                    return result[0]
-                if not self._finished() and self._error is None:
+                if self._over or self._finished():
+                    raise closed_error()
+                self._begin()
+                self._try()
+                if not self._given and not self._finished() and self._error is None:
                     await self._wait()
+            return self._given.popleft()
         except ListenerClosedError:
             await self._turn()
             raise StopAsyncIteration from None
@@ -484,13 +491,15 @@ class Streams(Consumption[T]):
         self.closed()
         for task in list(self._deciders):
             task.cancel()
-        while self._deciders:
-            await asyncio.wait(self._deciders)
-        self._end()
+        try:
+            while self._deciders:
+                await asyncio.wait(self._deciders)
+        finally:
+            self._end()
 
     def busy(self) -> bool:
         """Whether an iteration waits, or a decision is under way."""
-        return self._iterating > 0 or bool(self._deciders)
+        return self._iterating > 0 or not all(task.done() for task in self._deciders)
 
     async def _turn(self) -> None:
         self._streak = 0
@@ -510,16 +519,13 @@ class Streams(Consumption[T]):
         if self._deciding.finished():
             self.closed()
 
-    def _try(self) -> tuple[T] | None:
-        """Take and decide until a stream is there; ``None``: it has to be waited for."""
+    def _try(self) -> None:
+        """Take and decide in the step of the iteration itself, for it alone."""
         self._direct = True
         try:
             self._pump()
         finally:
             self._direct = False
-        if self._given:
-            return (self._given.popleft(),)
-        return None
 
     async def _wait(self) -> None:
         waiter: asyncio.Future[None] = self._loop.create_future()
@@ -559,7 +565,8 @@ class Streams(Consumption[T]):
     def _wants(self) -> bool:
         if self._direct:
             return not self._given
-        return bool(self._waiters)
+        # A cancelled one is here until its task has had its turn.
+        return any(not waiter.done() for waiter in self._waiters)
 
     def _wants_stream(self) -> bool:
         return self._direct and not self._given
@@ -640,52 +647,57 @@ class Serve(Consumption[T]):
             task.cancel()
 
     def _after(self) -> None:
-        over = self._deciding.finished() or self._error is not None
-        ending = self._ending
-        if over and ending is not None and not ending.done() and not self._loop.is_closed():
-            ending.set_result(None)
+        if self._ending is None or self._ending.done() or self._loop.is_closed():
+            return
+        if self._deciding.finished() or self._error is not None:
+            self._ending.set_result(None)
 
     def _wants(self) -> bool:
         return self._error is None and self._ending is not None and not self._ending.done()
 
     def _wants_stream(self) -> bool:
-        return self._ending is not None
+        # Not what a decision comes to after the cancellation: the next consumer gets that.
+        return self._deciding.consumer is self
 
     def _give(self, stream: Stream, result: T) -> None:
-        task = self._loop.create_task(self._handle(stream, result))
+        task = self._loop.create_task(self._handle(result))
         self._handlers[task] = stream
-        task.add_done_callback(self._handlers.pop)
+        # Not in the task: one that is cancelled before its first step runs nothing of it.
+        task.add_done_callback(self._handled)
 
-    async def _handle(self, stream: Stream, result: T) -> None:
-        try:
-            running = self._handler(result)
-            if not inspect.isawaitable(running):
-                message = f"a handler is async, or returns an awaitable: {self._handler!r}"
-                raise TypeError(message)
-            await running
-        except Exception as error:
+    async def _handle(self, result: T) -> None:
+        running = self._handler(result)
+        if not inspect.isawaitable(running):
+            message = f"a handler is async, or returns an awaitable: {self._handler!r}"
+            raise TypeError(message)
+        await running
+
+    def _handled(self, task: asyncio.Task[None]) -> None:
+        stream = self._handlers.pop(task)
+        error = None if task.cancelled() else task.exception()
+        if task.cancelled() or error is not None:
+            stream.abort()
+        else:
+            stream.close()
+        if error is not None:
             # What a handler makes of its stream being aborted is no fault of it.
             expected = self._deciding.aborted and isinstance(error, ConnectionAbortedError)
             logger.log(
                 logging.DEBUG if expected else logging.ERROR,
                 "the handler of %r raised",
                 stream.caller_id,
-                exc_info=True,
+                exc_info=error,
                 extra={"caller_id": stream.caller_id},
             )
-            stream.abort()
-        except BaseException:
-            stream.abort()
-            raise
-        else:
-            stream.close()
 
     def _broken(self, error: AcceptError) -> None:
         self._error = error
 
 
 def _is_due(pending: PendingTransport) -> bool:
-    return pending._status is Status.QUEUED or (pending._status is Status.DEFERRED and pending._due)
+    return pending._status is Status.QUEUED or (
+        pending._status is Status.DEFERRED and pending._stay.due
+    )
 
 
 def _extra(pending: PendingTransport) -> dict[str, object]:
