@@ -408,10 +408,10 @@ class Consumption(abc.ABC, Generic[T]):
         ended = self._policy.exhaustion.caught_up(self._loop.time())
         if ended is not None:
             logger.warning(
-                "%s; without for %.3f s, %s waited at once",
+                "%s; it lasted %.3f s%s",
                 how,
                 ended.seconds,
-                "some" if ended.waiting is None else f"up to {ended.waiting}",
+                "" if ended.waiting is None else f", up to {ended.waiting} waited at once",
                 extra={"seconds": ended.seconds, "waiting": ended.waiting},
             )
 
