@@ -99,7 +99,8 @@ class Consumer:
             assert self.task is not None
             stream: Stream = await result(self.task)
             return stream
-        return await result(self.listener.accept())
+        taken: Stream = await result(self.listener.accept())
+        return taken
 
     async def end(self) -> None:
         """End it."""

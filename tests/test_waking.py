@@ -217,7 +217,7 @@ async def test_one_timer_for_all(dial: Dial) -> None:
 
     async with await listen("127.0.0.1", 0) as listener:
         timers, readers = handles()
-        forms = [
+        forms: list[AnyVerdict] = [
             DEFER,
             Defer(after=LONG),
             Defer(until_bytes=10, within=LONG),

@@ -921,7 +921,6 @@ class Deciding(Generic[T]):
             if alarm is None or self._timer_at <= alarm:
                 return
             self._timer.cancel()
-            self._timer = None
         if alarm is not None:
             # Kept beside it: for a time that has come, uvloop gives a handle without when().
             self._timer_at = alarm
