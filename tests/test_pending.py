@@ -878,7 +878,13 @@ class Row:
     status: Status
     before: Status = QUEUED
     deadline: int | None = None
+    wake_at: int | None = None
     decisions: int = 0
+
+
+def serials(several: list[PendingTransport]) -> list[int]:
+    """Return the callers of *several* connections, in the order of taking."""
+    return sorted(each.caller_id[1] for each in several)
 
 
 class DequeMachine(RuleBasedStateMachine):
@@ -913,6 +919,7 @@ class DequeMachine(RuleBasedStateMachine):
         row.status = status
         if status is DEFERRED:
             row.before = DEFERRED
+            row.wake_at = row.pending._stay.wake_at  # type: ignore[assignment]
             if row.deadline is None and self.defer_timeout is not None:
                 row.deadline = self.now + self.defer_timeout
         if status in ENDS - LOSSES:
@@ -969,10 +976,21 @@ class DequeMachine(RuleBasedStateMachine):
         self._move(data.draw(st.sampled_from(self._any(DECIDING))), status)
 
     @precondition(lambda self: self._any(DECIDING))
-    @rule(data=st.data())
-    def put_off(self, data: st.DataObject) -> None:
-        """Defer one that is under decision."""
-        self._move(data.draw(st.sampled_from(self._any(DECIDING))), DEFERRED)
+    @rule(data=st.data(), wait=st.none() | st.integers(0, 8))
+    def put_off(self, data: st.DataObject, wait: int | None) -> None:
+        """Defer one that is under decision, until it is woken or for a time."""
+        row = data.draw(st.sampled_from(self._any(DECIDING)))
+        row.pending._stay.wake_at = None if wait is None else self.now + wait
+        self._move(row, DEFERRED)
+
+    @precondition(lambda self: self._any(DEFERRED))
+    @rule(data=st.data(), wait=st.none() | st.integers(0, 8))
+    def wait_for_something_else(self, data: st.DataObject, wait: int | None) -> None:
+        """Change what a deferred one waits for: another time, or none."""
+        row = data.draw(st.sampled_from(self._any(DEFERRED)))
+        row.wake_at = None if wait is None else self.now + wait
+        row.pending._stay.wake_at = row.wake_at
+        self.deque.set_alarm(row.pending)
 
     @precondition(lambda self: self._any(DECIDING))
     @rule(data=st.data())
@@ -994,19 +1012,29 @@ class DequeMachine(RuleBasedStateMachine):
         """Let the peer of one that waits reset it."""
         self._move(data.draw(st.sampled_from(self._any(DEFERRED, QUEUED))), RESET)
 
-    @rule()
-    def expire(self) -> None:
-        """Expire whatever is over its deadline: exactly those, each once, as they are."""
-        over = [
+    @rule(limit=st.sampled_from([1, 3, 1000]))
+    def ring(self, limit: int) -> None:
+        """Expire and wake whoever's time has come: exactly those, each once, as they are."""
+        expired: list[PendingTransport] = []
+        woken: list[PendingTransport] = []
+        while (alarm := self.deque.next_alarm) is not None and alarm <= self.now:
+            some = self.deque.alarms(self.now, limit)
+            assert sum(map(len, some)) <= limit
+            expired += some[0]
+            woken += some[1]
+        assert self.deque.alarms(self.now, limit) == ([], [])
+        rows = self._any(DEFERRED)
+        over = [row for row in rows if row.deadline is not None and row.deadline <= self.now]
+        due = [
             row
-            for row in self._any(DEFERRED)
-            if row.deadline is not None and row.deadline <= self.now
+            for row in rows
+            if row not in over and row.wake_at is not None and row.wake_at <= self.now
         ]
-        found = self.deque.alarms(self.now, 1000)[0]
-        assert sorted(each.caller_id for each in found) == [row.pending.caller_id for row in over]
-        assert all(each.status is DEFERRED for each in found)
-        deadline = self.deque.next_alarm
-        assert deadline is None or deadline > self.now
+        assert serials(expired) == serials([row.pending for row in over])
+        assert serials(woken) == serials([row.pending for row in due])
+        assert all(each.status is DEFERRED for each in (*expired, *woken))
+        for row in due:
+            row.wake_at = None
         for row in over:
             self._move(row, EXPIRED)
 
@@ -1065,13 +1093,19 @@ class DequeMachine(RuleBasedStateMachine):
     @invariant()
     def deadlines(self) -> None:
         """Nobody that can expire is forgotten, and nobody who has left is waited for."""
-        waiting = [row.deadline for row in self._any(DEFERRED) if row.deadline is not None]
-        deadline = self.deque.next_alarm
+        waiting = [
+            when
+            for row in self._any(DEFERRED)
+            for when in (row.deadline, row.wake_at)
+            if when is not None
+        ]
+        alarm = self.deque.next_alarm
         if waiting:
-            assert deadline is not None
-            assert deadline <= min(waiting)
-        if deadline is not None:
-            assert deadline in {row.deadline for row in self.rows}
+            assert alarm is not None
+            assert alarm <= min(waiting)
+        if alarm is not None:
+            # It may ring in vain, for a time that somebody waits for no more.
+            assert alarm in {row.pending._stay.alarm for row in self.rows}
 
 
 class UnlimitedMachine(DequeMachine):

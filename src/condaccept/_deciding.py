@@ -741,9 +741,8 @@ class Deciding(Generic[T]):
     async def hand_out(self, pending: PendingTransport) -> object:
         """See `PendingTransport.take()`."""
         await asyncio.sleep(0)
-        if pending._status is Status.READY and pending._stay.taker is None:
-            if not self.still_there(pending):
-                raise self._report(pending)
+        ready = pending._status is Status.READY and pending._stay.taker is None
+        if ready and self.still_there(pending):
             made = self.unasked(pending)
         else:
             self._begin(pending)
@@ -758,13 +757,12 @@ class Deciding(Generic[T]):
         if status is Status.DECIDING or (status is Status.QUEUED and not pending._kept):
             reason = "this connection is under decision"
             raise AcceptInProgressError(reason, pending.caller_id)
-        if status in LOSSES:
-            raise LOSSES[status](pending._reason, pending.caller_id)
+        if status in LOSSES or (status in TO_OFFER and not self.look(pending)):
+            # An answer, not the report, which is for an accept call.
+            raise LOSSES[pending._status](pending._reason, pending.caller_id)
         if status not in TO_OFFER:
             message = f"the connection from {pending.caller_id!r} is {status.value} already"
             raise RuntimeError(message)
-        if not self.look(pending):
-            raise self._report(pending)
         pending._again = False
         self._pending.move(pending, Status.DECIDING, 0.0)
         pending._stay.frees = self._frees
@@ -781,9 +779,12 @@ class Deciding(Generic[T]):
             self._enter(pending, Status.QUEUED)
         self._ledger.end_offer(pending)
         if not self.closed:
-            hints = pending._stay.hints
-            if pending._status is Status.DEFERRED and hints is not None and hints.until_free:
-                self._wait_for_place(pending)
+            stay = pending._stay
+            if pending._status is Status.DEFERRED and stay.hints and stay.hints.until_free:
+                if stay.frees < self._frees:
+                    self.wake(pending)
+                else:
+                    self._wait_for_place(pending)
             # Its peer may have left meanwhile, and the watch tells that once.
             self._changed(pending)
             self.consumer.became_due(pending)
@@ -980,7 +981,6 @@ class Deciding(Generic[T]):
             if alarm is None or self._timer_at <= alarm:
                 return
             self._timer.cancel()
-            self._timer = None
         if alarm is not None:
             # Kept beside it: for a time that has come, uvloop gives a handle without when().
             self._timer_at = alarm
