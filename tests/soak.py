@@ -241,7 +241,7 @@ class Soak:
             self.replenish()
             return
         highest = max(int(fd) for fd in os.listdir("/proc/self/fd"))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, self.limits[1]))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 5, self.limits[1]))
         with contextlib.suppress(OSError):
             while True:
                 self.taken.append(os.open(os.devnull, os.O_RDONLY))

@@ -615,6 +615,7 @@ async def test_from_a_condition(dial: Dial, how: str, verdict: AnyVerdict) -> No
 
     async def condition(_pending: PendingTransport) -> AnyVerdict:
         assert not await server.listener.shutdown()
+        await turns(3)
         return verdict
 
     async with serving(how, say_hello, condition) as server:

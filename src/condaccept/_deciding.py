@@ -881,7 +881,6 @@ class Deciding(Generic[T]):
         ready._stay.socket = None
         reset(sock)
         self._book(ready, Status.RESET, "the peer reset the connection before it was taken")
-        self._freed()
         return False
 
     async def completed(self, pending: PendingTransport) -> object:
@@ -910,7 +909,6 @@ class Deciding(Generic[T]):
         if lost:
             pending._stay.socket = None
             self._book(pending, Status.RESET, "the caller left before the connection was complete")
-            self._freed()
         else:
             pending._stay.socket = admission.result()
             self._to(pending, Status.READY)
@@ -1071,6 +1069,8 @@ class Deciding(Generic[T]):
             waiting = len(self._until_free)
             for _ in range(waiting if room is None else min(waiting, room - before)):
                 self._wake_next_free()
+            if room is None or room > before:
+                self._frees += 1  # for who is under decision
         self._cannot_refuse = False
         self._overflow()
         self._listen_if_room()

@@ -202,7 +202,6 @@ class Consumption(abc.ABC, Generic[T]):
                 # No offer sees what another one has set in context variables; a handler
                 # sees what its own connection's condition has.
                 self._context.copy().run(self._offer, pending)
-                self._deciding.done_with_fresh()
             self._again = True
         except BaseException:
             self._again = True  # what told of the others is spent

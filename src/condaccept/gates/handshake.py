@@ -109,7 +109,6 @@ class HandshakeGate(ConnectedGate):
         self._own = lingers is not None
         self._shared = False
         self._refusing = False
-        self._stopped = False
         self._lanes = deque(_Lane(sock) for sock in sockets)
         self._first = self._lanes[0]
         # Asking is a fifth of the price of an accept(2) that says EAGAIN, and it tells
@@ -303,9 +302,6 @@ class HandshakeGate(ConnectedGate):
         return arrival.own()
 
     def stop(self) -> None:
-        if self._stopped:
-            return  # their numbers may be those of other descriptors by now
-        self._stopped = True
         _unshared.discard(self)
         for lane in self._lanes:
             self._watch.unregister(lane.fd)
