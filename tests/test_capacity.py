@@ -598,6 +598,27 @@ async def test_until_free(dial: Dial) -> None:
         assert service.served == names
 
 
+async def test_until_free_in_time(dial: Dial) -> None:
+    """Who says until_free when the place has come meanwhile is asked again at once."""
+    go = asyncio.Event()
+    asked: list[int] = []
+
+    async def condition(_pending: PendingTransport) -> AnyVerdict:
+        asked.append(1)
+        if len(asked) > 1:
+            return ACCEPT
+        await go.wait()
+        return Defer(until_free=True)
+
+    async with running("serve", condition, max_streams=1) as service:
+        dial(service.listener)
+        await until(lambda: asked)
+        service.listener.max_streams = 2
+        go.set()
+        await service.has_served(1)
+        assert len(asked) == 2
+
+
 # -- exactly once
 
 

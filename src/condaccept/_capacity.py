@@ -32,7 +32,8 @@ class Limit:
         n: At most so many. 0 is zero: nobody gets in.
         overflow: ``"queue"``: nobody is taken, the kernel's backlog holds the rest.
             ``"reject"``: the newcomer is reset, no condition is asked. ``"refuse"``: the
-            kernel refuses, ``connect()`` fails with ECONNREFUSED.
+            kernel refuses, ``connect()`` fails with ECONNREFUSED; for TCP sockets that
+            `listen()` made and nobody shares, elsewhere to set it is an error.
         low: For ``"refuse"``: the kernel listens again at so many. ``None`` is three
             quarters of *n*: to refuse costs those whose handshake is just under way, so
             it should not be switched for every stream.

@@ -588,8 +588,10 @@ class Deciding(Generic[T]):
         holds = pending._holds = pending._holds or []
         holds += self.capacity.streams.take(), starting
         pending._started = partial(self._started, starting)
-        if self.capacity.limited and self.capacity.overflow() is not None:
-            self._loop.call_soon(self._overflow)
+        if self.capacity.limited:
+            full = self.capacity.overflow()
+            if full is not None and full[0] != "queue":
+                self._loop.call_soon(self._overflow)
 
     def _started(self, give_back: Callable[[], bool]) -> None:
         if give_back():

@@ -385,6 +385,9 @@ class Listener(Generic[T]):
         Set lower than what is open it closes none of them, and decisions that are under
         way may still let somebody in. `PendingTransport.decide()` and ``take()`` do not ask
         for room; what they let in counts.
+
+        Raises:
+            OSError: It is to refuse, and the kernel cannot be made to; nothing has changed.
         """
         return self._deciding.capacity.get("max_streams")
 
