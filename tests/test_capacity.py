@@ -127,7 +127,7 @@ class SlotsMachine(RuleBasedStateMachine):
 
 
 TestSlots = SlotsMachine.TestCase
-TestSlots.settings = settings(max_examples=15, stateful_step_count=25)
+TestSlots.settings = settings(max_examples=12, stateful_step_count=25)
 
 limits = st.none() | st.builds(
     Limit, st.integers(0, 6), st.sampled_from(["queue", "reject", "refuse"])

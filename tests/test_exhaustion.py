@@ -101,7 +101,7 @@ class ExhaustionMachine(RuleBasedStateMachine):
 
 
 TestExhaustion = ExhaustionMachine.TestCase
-TestExhaustion.settings = settings(max_examples=25, stateful_step_count=25)
+TestExhaustion.settings = settings(max_examples=12, stateful_step_count=25)
 
 # -- without descriptors, really
 
