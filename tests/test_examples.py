@@ -32,6 +32,7 @@ DOCUMENTED = [
     for n, program in enumerate(PROGRAM.findall(path.read_text()))
 ]
 
+
 LOADED = (sys.executable, "-W", "error")
 """For programs that load the machine: in debug mode asyncio would complain of a slow one."""
 
@@ -82,6 +83,39 @@ def test_echo_gate_serves_until_interrupted() -> None:
         found = re.search(r"\('127\.0\.0\.1', (\d+)\)", server.stdout.readline())
         assert found is not None
         port = int(found[1])
+        with dial(port) as first, dial(port, "127.0.0.2") as denied, dial(port) as second:
+            first.sendall(b"one")
+            assert first.recv(10) == b"one"
+            with pytest.raises(ConnectionResetError):
+                denied.recv(10)
+            second.sendall(b"two")
+            # The line of the deferral, which comes behind that of the rejection.
+            while "all places are taken" not in server.stdout.readline():
+                pass
+            assert wire(second) == "open"
+            first.close()
+            assert second.recv(10) == b"two"
+            server.send_signal(signal.SIGINT)
+            out, _ = server.communicate(timeout=LIMIT)
+        assert server.returncode == 0
+        assert out.splitlines()[-1] == "closed"
+        assert "Traceback" not in out
+
+
+@pytest.mark.slow
+def test_readme(tmp_path: Path) -> None:
+    """The program in the README runs as it stands, on a port of its own."""
+    program = PROGRAM.findall((ROOT / "README.md").read_text())[0]
+    assert program.count("7007") == 1
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = tmp_path / "readme.py"
+    ready = 'print("ready")\n        await listener.serve('
+    path.write_text(program.replace("7007", str(port)).replace("await listener.serve(", ready, 1))
+    with running(*STRICT, str(path)) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "ready\n"
         with (
             dial(port) as first,
             dial(port, "127.0.0.2") as denied,
@@ -101,10 +135,12 @@ def test_echo_gate_serves_until_interrupted() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("program", DOCUMENTED)
-def test_documents(program: str) -> None:
-    """The programs in the documents run as they stand, and end by themselves."""
+def test_documents(program: str, tmp_path: Path) -> None:
+    """Each program of the documents ends by itself, and well."""
+    path = tmp_path / "program.py"
+    path.write_text(program)
     done = subprocess.run(
-        [*LOADED, "-c", program], capture_output=True, text=True, timeout=60, check=False
+        [*LOADED, str(path)], capture_output=True, text=True, timeout=60, check=False
     )
 
     assert (done.returncode, done.stderr) == (0, "")
