@@ -261,18 +261,17 @@ async def test_a_take_and_a_new_consumer() -> None:
     """What take() waits for goes to nobody else, not to one that begins meanwhile either."""
     listener, gate = memory_listener(slow=True)
     async with listener:
-        (client,) = await Consumer(listener, "none").defer(lambda _: gate.dial(), 1)
-        taking = start(listener.pending[0].take())
+        (client,) = await Consumer(listener, "none").defer(dialing(gate), 1)
+        (pending,) = listener.pending
+        taking = start(pending.take())
         await until(lambda: gate.admitting)
         gate.complete()
-        await asyncio.sleep(0)  # it is ready now, and take() is to be told
-        handler = Handler()
-        serve = start(listener.serve(handler))
-        stream = await result(taking)
-        await turns()
-        assert handler.streams == []
-        stream.close()
-        await cancelled(serve)
+        await asyncio.sleep(0)  # it is ready now, and take() has still to have its turn
+        assert pending.status is Status.READY
+        iteration = listener.streams().__anext__()
+        iteration.send(None)  # in this very turn
+        (await result(taking)).close()
+        iteration.close()
         client.close()
 
 

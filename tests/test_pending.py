@@ -836,6 +836,31 @@ def test_many_deferrals_of_one_are_bounded() -> None:
     assert pending.alarms(20, 1000)[0] == entered
 
 
+def test_a_hint_rings_once_and_the_deadline_after_it() -> None:
+    """One that was woken at its time is not woken again, and expires at its deadline."""
+    pending, entered = deque_of(DEFERRED)
+    entered[0]._stay.wake_at = 3
+    pending.set_alarm(entered[0])
+
+    assert pending.next_alarm == 3
+    assert pending.alarms(3, 1000) == ([], entered)
+    assert pending.alarms(9, 1000) == ([], [])
+    assert pending.next_alarm == 10
+    assert pending.alarms(10, 1000) == (entered, [])
+
+
+def test_a_sooner_time_rings_first() -> None:
+    """A time set later, and sooner than the one before, rings at its own time."""
+    pending, entered = deque_of(DEFERRED)
+    for when in (8, 5, 7):
+        entered[0]._stay.wake_at = when
+        pending.set_alarm(entered[0])
+
+    assert pending.alarms(5, 1000) == ([], [])
+    assert pending.next_alarm == 7
+    assert pending.alarms(7, 1000) == ([], entered)
+
+
 def test_a_decided_one_is_not_kept_alive_for_ever() -> None:
     """A decided connection is forgotten at its deadline at the latest."""
     pending, entered = deque_of(DEFERRED, DEFERRED)

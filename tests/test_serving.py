@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import uvloop
 
 from condaccept import (
     ACCEPT,
@@ -44,6 +45,7 @@ from tests.consumers import (
     start,
 )
 from tests.support import (
+    LIMIT,
     Condition,
     Dial,
     accept,
@@ -1287,3 +1289,65 @@ async def test_callers_that_reset_at_once(listener: Listener[Stream]) -> None:
     add_up(listener)
     assert listener.statistics().pending == listener.statistics().accepted == 0
     await cancelled(iteration)
+
+
+async def test_a_handler_that_hands_its_stream_over(listener: Listener[Stream], dial: Dial) -> None:
+    """What goes on over the loop's transport outlives the handler."""
+    writers: list[asyncio.StreamWriter] = []
+
+    async def handler(stream: Stream) -> None:
+        _, writer = await stream.into_streams()
+        writers.append(writer)
+
+    serve = await serving(listener, None, handler)
+    client = dial(listener)
+    await until(lambda: writers and not listener.statistics().handlers)
+    writers[0].write(b"still here")
+    assert await wire_end(client) == b"still here"
+    writers[0].close()
+    assert await wire_end(client) == "eof"
+    await cancelled(serve)
+
+
+@pytest.mark.parametrize(
+    "new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"]
+)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupted_condition_loses_nobody(
+    new_loop: Callable[[], asyncio.AbstractEventLoop], error: type[BaseException]
+) -> None:
+    """Where an interrupt in a plain condition stops the loop, running it again goes on."""
+    loop = new_loop()
+    asked: list[Any] = []
+
+    def condition(pending: PendingTransport) -> AnyVerdict:
+        asked.append(pending.caller_id)
+        if len(asked) == 1:
+            raise error
+        return REJECT
+
+    async def begin() -> tuple[Any, Any, Any]:
+        listener = await listen("127.0.0.1", 0)
+        clients = [socket.create_connection(listener.sockname) for _ in range(3)]
+        return listener, clients, start(listener.serve(keep, condition))
+
+    async def end() -> None:
+        await until(lambda: len(asked) == 3)
+        await caught_up()
+        listener.close()
+        await ended(serve)
+
+    try:
+        listener, clients, serve = loop.run_until_complete(begin())
+        with pytest.raises(error):
+            loop.run_until_complete(asyncio.sleep(LIMIT))
+        loop.run_until_complete(end())
+        now = listener.statistics()
+        assert (now.rejected, now.taken, now.pending) == (3, 3, 0)
+        for client in clients:
+            client.close()
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+    finally:
+        loop.close()

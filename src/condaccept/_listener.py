@@ -253,7 +253,8 @@ class Listener(Generic[T]):
     async def wait_pending(self) -> None:
         """Wait until there is something new for an accept call to act on.
 
-        That is a connection never offered, or a loss to report. A deferral is nothing new,
+        That is a connection never offered, a deferred one whose hints are fulfilled or that
+        is to be reconsidered, or a loss to report. A deferral is nothing new by itself,
         so ``wait_pending()`` and ``accept()`` in turn are a retry loop that does not spin:
         behind a deferred connection it returns at most once for each that comes, which the
         next call cannot reach, and not again and again. It takes nothing, and is a hint
@@ -294,7 +295,9 @@ class Listener(Generic[T]):
         something that is no verdict, is logged at ERROR; that connection is rejected.
 
         Nothing is taken while no iteration waits. Several tasks may iterate over one such
-        object. The iteration ends when the listener is closed.
+        object. The iteration ends when the listener is closed; it does not keep a listener
+        that nobody else refers to. When it begins, everybody who is undecided is offered,
+        those deferred before by another condition, too.
 
         Args:
             condition: As for `accept()`.

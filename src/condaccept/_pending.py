@@ -446,9 +446,9 @@ class PendingTransport:
         With ACCEPT the stream goes to whoever takes the listener's streams, in its turn.
 
         Raises:
-            RuntimeError: It has found its end already; the sentence says which.
-            PendingResetError: The peer has just been found to have reset it.
-            PendingExpiredError: It has just been found withdrawn.
+            RuntimeError: It was accepted, rejected or closed already; the sentence says which.
+            PendingResetError: The peer has reset it, which may have been found just now.
+            PendingExpiredError: It has expired, or was withdrawn.
             AcceptInProgressError: A condition is being asked about it.
             InvalidVerdictError, InvalidGroupError, CalleeDataError: As for a condition; it
                 keeps its place, undecided.
@@ -458,11 +458,14 @@ class PendingTransport:
     async def take(self) -> Any:
         """Accept it and return its stream, or what ``stream_factory`` makes of that.
 
+        One that was accepted and that nobody has taken yet can be taken, too.
+
         Raises:
             Exception: As `decide()`, or what ``stream_factory`` raised.
 
         Cancellation:
-            Accepted all the same: the stream goes to whoever takes the listener's streams.
+            Before it is accepted, at the first step, it stays undecided. Afterwards the
+            stream goes to whoever takes the listener's streams.
         """
         return await self._owned().hand_out(self)
 

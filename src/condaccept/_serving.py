@@ -599,7 +599,7 @@ class Serve(Consumption[T]):
         self._begin()
         self._ending = self._loop.create_future()
         try:
-            self._run()
+            self._later()  # from the loop, as at any later time: no condition runs in this task
             await self._ending
             await self._finished(cancel=False)
         except BaseException:
