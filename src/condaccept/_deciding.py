@@ -851,15 +851,18 @@ class Deciding(Generic[T]):
             group._add(serial, stream)
         if pending._callee_data:
             _send_callee_data(stream, bytes(pending._callee_data))
-        result = stream if self._stream_factory is None else self._made_of(stream, pending)
+        factory = self._stream_factory
+        result = stream if factory is None else self._made(factory, stream, pending)
         self._to(pending, Status.ACCEPTED)
         self._ledger.settle(pending, Status.ACCEPTED, pending._reason)
         return stream, result
 
-    def _made_of(self, stream: Stream, pending: PendingTransport) -> object:
+    def _made(
+        self, factory: Callable[[Stream], object], stream: Stream, pending: PendingTransport
+    ) -> object:
         """Return what ``stream_factory`` makes of a new stream."""
         try:
-            return self._stream_factory(stream)
+            return factory(stream)
         except BaseException as error:
             self._fail(pending, f"stream_factory raised {error!r}")
             stream.abort()
