@@ -8,6 +8,7 @@ CANDIDATES := python3 python3.13 python3.12 python3.11
 PYTEST_ARGS ?=
 BENCH ?= accept stream defer flood
 BENCH_ARGS ?=
+SOAK_ARGS ?=
 
 # What a shell may have set for other projects must not reach ours.
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV __PYVENV_LAUNCHER__
@@ -15,7 +16,7 @@ unexport PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test style types coverage bench clean help same-python
+.PHONY: demo test style types coverage bench soak clean help same-python
 
 python := $(VENV)/bin/python
 pip := "$(python)" -m pip --disable-pip-version-check install --quiet --editable
@@ -39,6 +40,9 @@ coverage: $(VENV)/.test  ## run the tests and report the branches they miss
 
 bench: $(VENV)/.run  ## measure connections, echoes, waiting, floods; BENCH=stream chooses, BENCH_ARGS="--loop uvloop" goes to each
 	@for name in $(BENCH); do "$(python)" benchmarks/bench_$$name.py $(BENCH_ARGS) || exit; done
+
+soak: $(VENV)/.test  ## let callers and faults come at random, for two minutes; SOAK_ARGS="--seconds 20"
+	@"$(python)" -X dev -W error -m tests.soak $(SOAK_ARGS)
 
 # Fixed names only: whoever chose another VENV also removes it.
 clean:  ## remove the virtual environments and everything that was built

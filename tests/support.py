@@ -14,6 +14,8 @@ from condaccept import ACCEPT, DEFER, REJECT, AnyVerdict, Listener, PendingTrans
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import pytest
+
 LIMIT = 10.0
 """Seconds after which an event that has to come counts as missing."""
 
@@ -132,6 +134,11 @@ async def caught_up() -> None:
         loop.remove_reader(ours)
     # What others were told in the same turn has been scheduled, and runs in this one.
     await asyncio.sleep(0)
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[Any]:
+    """What this library has logged; in debug mode asyncio tells of a slow machine, too."""
+    return [record for record in caplog.records if record.name == "condaccept"]
 
 
 def somaxconn() -> int:

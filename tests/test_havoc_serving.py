@@ -162,7 +162,7 @@ class ServingHavoc(Havoc):
         elif how == 2:
             self.tasks.append(asyncio.ensure_future(self.take(pending)))
         else:
-            said = self.rng.choice(SAID)
+            said: Any = self.rng.choice(SAID)
             if isinstance(said, Reject):
                 self.books.farewells.add(self.name(pending))
             with contextlib.suppress(AcceptError, RuntimeError):

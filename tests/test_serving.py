@@ -1023,7 +1023,7 @@ async def test_a_socket_shut_by_somebody_else(
     error = await ended(task)
     assert isinstance(error, OSError)
     assert type(error).__name__ == "NotListeningError"
-    assert len(caplog.records) == (consumer == "serve")
+    assert len(caplog.records) == 1
 
 
 # -- bounds
@@ -1115,7 +1115,7 @@ async def test_the_pump_gives_others_their_turn(memory: Memory) -> None:
     loop.call_soon(look)
     serve = await serving(listener, condition)
     await until(lambda: asked == len(clients))
-    assert max(b - a for a, b in itertools.pairwise(seen)) <= PER_WAKE_UP
+    assert max(b - a for a, b in itertools.pairwise([*seen, asked])) <= PER_WAKE_UP
     await cancelled(serve)
     for client in clients:
         client.close()
@@ -1139,7 +1139,7 @@ async def test_an_iteration_that_never_waits_yields(memory: Memory) -> None:
     while got < len(clients):
         (await anext(streams)).close()
         got += 1
-    assert max(b - a for a, b in itertools.pairwise(seen)) <= IN_A_ROW
+    assert max(b - a for a, b in itertools.pairwise([*seen, got])) <= IN_A_ROW
     for client in clients:
         client.close()
 

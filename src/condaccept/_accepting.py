@@ -129,10 +129,7 @@ class Accepting(Generic[T]):
             # may be cancelled, and another has to tell of it.
             while (pending := self._head()) is None or (pending._status in LOSSES and not turned):
                 turned = True
-                if pending is not None:
-                    await self._turn()
-                else:
-                    await self._wait(self._places if self._pending.full else self._waiters)
+                await (self._turn() if pending is not None else self._wait(self._line()))
             if pending._status not in TO_OFFER:
                 stream: Any = self.deciding.unasked(pending)
             else:
@@ -283,21 +280,30 @@ class Accepting(Generic[T]):
     def _due(self) -> bool:
         """Whether an accept call has something new to act on."""
         deciding = self.deciding
-        if deciding.consumer is not self or (
-            deciding.capacity.limited and not deciding.room_to_offer()
-        ):
+        if deciding.consumer is not self:
             return False
         if self._pending.head() is None:
             return (
                 self._resting is None
-                and not self._pending.full
+                and not self._at_bound()
                 and not deciding.suspended
                 and not deciding.stopped
                 and self._gate.waiting()
             )
+        if not deciding.room_to_offer():
+            head = self._pending.head()
+            return head is not None and head._status not in TO_OFFER
         # A head that was deferred is nothing new, and those behind it are out of reach: who
         # waits for them is told of their coming, once.
         return self._pending.due() or self._news
+
+    def _at_bound(self) -> bool:
+        """Whether nobody may be taken until a place comes free."""
+        return self._pending.full or not self.deciding.room_to_offer()
+
+    def _line(self) -> deque[asyncio.Future[bool]]:
+        """Return where a call has to wait now."""
+        return self._places if self._at_bound() else self._waiters
 
     # -- waiting and waking
 
@@ -351,7 +357,7 @@ class Accepting(Generic[T]):
 
     def _pass_on(self) -> None:
         """Wake others if there is more to act on."""
-        if self._places and not self._pending.full and self.deciding.room_to_offer():
+        if self._places and not self._at_bound():
             self._wake_one()
         elif (self._waiters or self._watchers) and self._due():
             self._wake_one()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import attrs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ("Capacity", "Limit", "Overflow", "Slots", "as_limit")
 
@@ -30,7 +32,8 @@ class Limit:
         n: At most so many. 0 is zero: nobody gets in.
         overflow: ``"queue"``: nobody is taken, the kernel's backlog holds the rest.
             ``"reject"``: the newcomer is reset, no condition is asked. ``"refuse"``: the
-            kernel refuses, ``connect()`` fails with ECONNREFUSED.
+            kernel refuses, ``connect()`` fails with ECONNREFUSED; for TCP sockets that
+            `listen()` made and nobody shares, elsewhere to set it is an error.
         low: For ``"refuse"``: the kernel listens again at so many. ``None`` is three
             quarters of *n*: to refuse costs those whose handshake is just under way, so
             it should not be switched for every stream.
@@ -124,41 +127,47 @@ class Capacity:
     """The limits of a listener: open streams, and streams that have still to start.
 
     Attributes:
-        streams: Those that are open.
-        starting: Those that have not said yet that they have started.
+        streams: Those that are accepted and open.
+        starting: Those of them that have not said yet that they have started.
     """
 
     def __init__(self, max_streams: Limit | None, max_starting: Limit | None) -> None:
+        # Counted without a limit, too: one may be set while they are open.
         self.streams = Slots(None)
         self.starting = Slots(None)
-        self._limits: tuple[tuple[str, Slots, Limit], ...] = ()
-        self._max: dict[str, Limit | None] = {}
+        self._limits: dict[str, tuple[Limit, Slots]] = {}
         self.set("max_streams", max_streams)
         self.set("max_starting", max_starting)
 
     def get(self, name: str) -> Limit | None:
         """Return the limit of that name."""
-        return self._max[name]
+        return self._limits[name][0] if name in self._limits else None
 
     def set(self, name: str, limit: Limit | None) -> None:
         """Change the limit of that name; what is taken stays taken."""
-        self._max[name] = limit
-        slots = {"max_streams": self.streams, "max_starting": self.starting}
-        slots[name].limit = None if limit is None else limit.n
-        self._limits = tuple(
-            (each, slots[each], known) for each, known in self._max.items() if known is not None
-        )
+        slots = {"max_streams": self.streams, "max_starting": self.starting}[name]
+        if limit is None:
+            slots.limit = None
+            self._limits.pop(name, None)
+        else:
+            slots.limit = limit.n
+            self._limits[name] = limit, slots
 
     @property
     def limited(self) -> bool:
         """Whether there is any limit."""
         return bool(self._limits)
 
+    @property
+    def refuses(self) -> bool:
+        """Whether there is one at which the kernel is to refuse."""
+        return any(limit.overflow == "refuse" for limit, _ in self._limits.values())
+
     def room(self) -> int | None:
         """How many more may be accepted; ``None`` for any number."""
         if not self._limits:
             return None
-        return min(max(0, limit.n - slots.taken) for _, slots, limit in self._limits)
+        return min(max(0, limit.n - slots.taken) for limit, slots in self._limits.values())
 
     def overflow(self) -> tuple[Overflow, str] | None:
         """Return what happens to who comes now, and why; ``None`` while there is room.
@@ -167,15 +176,15 @@ class Capacity:
         """
         full = [
             (limit.overflow, f"{name}={limit.n} is reached")
-            for name, slots, limit in self._limits
+            for name, (limit, slots) in self._limits.items()
             if slots.taken >= limit.n
         ]
         return max(full, key=lambda each: _OVERFLOWS.index(each[0]), default=None)
 
     def may_listen(self) -> bool:
-        """Whether no limit that refuses is above its low mark."""
+        """Whether each limit that refuses is down at its low mark, and has room."""
         return all(
-            slots.taken <= limit.low_mark
-            for _, slots, limit in self._limits
+            slots.taken <= limit.low_mark and slots.taken < limit.n
+            for limit, slots in self._limits.values()
             if limit.overflow == "refuse"
         )

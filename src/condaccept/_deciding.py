@@ -36,6 +36,7 @@ from condaccept.exceptions import (
     InvalidGroupError,
     InvalidVerdictError,
     ListenerClosedError,
+    NetworkDownError,
     PendingExpiredError,
     PendingResetError,
 )
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 
 __all__ = (
     "LOSSES",
+    "PER_WAKE_UP",
     "TO_COME",
     "TO_OFFER",
     "Consumer",
@@ -91,6 +93,13 @@ _KEPT: Final = frozenset({Status.DEFERRED, Status.ADMITTED, *LOSSES})
 _NOTE: Final = " was rejected because of this."
 _IN_HAND: Final = object()
 """The taker of a connection that a call is about to be done with."""
+PER_WAKE_UP: Final = 32
+"""Newcomers acted on before the loop's other readers have their turn: a few hundred
+microseconds."""
+AT_ONCE: Final = 65536
+"""Connections taken in at once where the kernel does not tell how many it may have queued."""
+RELISTEN: Final = 1.0
+"""Seconds until a kernel that would not listen again is asked the next time."""
 PER_TURN: Final = 256
 """Deferred connections looked at before the loop has its turn: about a millisecond."""
 
@@ -136,6 +145,7 @@ class Deciding(Generic[T]):
         groups: The listener's groups of streams.
         options: Socket options set after the listener began.
         closed: Whether `close()` was called.
+        aborted: Whether the streams were aborted as well.
     """
 
     def __init__(
@@ -169,7 +179,10 @@ class Deciding(Generic[T]):
         self.suspended = False
         self.stopped = False
         self._refusing = False  # the kernel refuses newcomers
-        self._cannot_refuse = False
+        self._refusal_asked = False  # and is to, whatever room there is
+        self._cannot_refuse = False  # that was logged
+        self._relisten: asyncio.TimerHandle | None = None
+        self._left_queued = 0
         self._until_free: list[tuple[int, PendingTransport]] = []  # by place, some of them old
         self._frees = 0  # how many places were given back that nobody waited for
         self._frees_before = 0  # the same, when the last offer began
@@ -185,11 +198,13 @@ class Deciding(Generic[T]):
         self.groups = Groups(sock.family for sock in gate.sockets)
         self.options: list[Option] = []
         self.closed = False
+        self.aborted = False
 
     def start(self, consumer: Consumer) -> None:
         """Begin, with *consumer* as the one that there is."""
         self.consumer = self._first = consumer
-        self._gate.start(self._arrived)
+        self._gate.start(self._arrived, self._told)
+        self._overflow()
 
     def switch(self, consumer: Consumer) -> None:
         """Make *consumer* the one that has the condition.
@@ -235,13 +250,20 @@ class Deciding(Generic[T]):
         return self.closed or (self.stopped and not len(self._pending))
 
     def _arrived(self) -> None:
+        self._overflow()
         self.consumer.arrived()
+
+    def _told(self) -> None:
+        """Note that a rejected caller has read why, which has given a descriptor back."""
+        self._wake_idle()
+        self.consumer.left_place()
 
     def close(self) -> None:
         """Close whatever is undecided, and the gate."""
         self.closed = self.stopped = True
         if self._timer is not None:
             self._timer.cancel()
+        self._stop_relistening()
         current = current_task()
         for pending in self._pending.undecided():
             task = self.deciders.get(pending)
@@ -264,9 +286,22 @@ class Deciding(Generic[T]):
         while not self.closed or any(task is not current_task() for task in self.deciders.values()):
             await self._until_idle()
 
-    async def quiet(self) -> None:
-        """Wait until nobody is undecided and no stream open, once nobody is taken any more."""
-        while len(self._pending) or len(self._streams):
+    async def quiet(self, own: Stream | None) -> None:
+        """Wait, once nobody is taken any more, until nobody is undecided and no stream open.
+
+        Rejected callers are to have read why. What only the caller can end is not waited
+        for: a decision of its own, and *own*, its stream.
+        """
+        current = current_task()
+        while (
+            self._gate.rejecting
+            or self._streams.others(own)
+            or any(
+                pending._status not in LOSSES
+                and (current is None or self.deciders.get(pending) is not current)
+                for pending in self._pending
+            )
+        ):
             await self._until_idle()
 
     async def _until_idle(self) -> None:
@@ -278,9 +313,10 @@ class Deciding(Generic[T]):
             if waiter in self._idle:
                 self._idle.remove(waiter)
 
-    def abort_streams(self) -> None:
-        """Abort every stream that is open."""
-        self._streams.abort()
+    def abort_streams(self, own: Stream | None = None) -> None:
+        """Abort every stream that is open, but for *own*."""
+        self.aborted = True
+        self._streams._abort(own)
 
     def undecided(self) -> tuple[PendingTransport, ...]:
         """See `Listener.pending`."""
@@ -312,37 +348,59 @@ class Deciding(Generic[T]):
         Raises:
             AcceptError: Nothing could be taken; whoever waits at the gate goes on waiting.
         """
-        if self.suspended or self.stopped:
-            return None
-        if self.capacity.limited and not self._has_room():
+        if self.suspended or self.stopped or not self.room_to_offer():
             return None
         return self._take()
 
-    def _has_room(self) -> bool:
-        """Whether one stream more may be accepted; if not, newcomers get what the limit says."""
-        if self.room_to_offer():
-            return True
-        overflow = self.capacity.overflow()
-        if overflow is not None and overflow[0] == "reject":
-            for _ in range(PER_TURN):
-                pending = self._take()
-                if pending is None:
-                    return False
-                if pending._status in TO_OFFER:
-                    self.refuse(pending, overflow[1])
-            self._loop.call_soon(self._arrived)
-        elif overflow is not None and overflow[0] == "refuse" and not self._refusing:
-            self._overflow(overflow[1])
-        return False
+    def _overflow(self) -> None:
+        """Do to newcomers what a limit that is reached says; nobody need wait for one.
 
-    def _overflow(self, reason: str) -> None:
+        Called whenever that may have become possible: somebody came, a limit was reached
+        or set, or taking goes on.
+        """
+        if self.suspended or self.stopped or not self.capacity.limited:
+            return
+        full = self.capacity.overflow()
+        if full is None or full[0] == "queue":
+            return
+        how, reason = full
         try:
-            self.refuse_new()
-        except (OSError, ValueError) as error:
+            if how == "reject":
+                self._reject_new(reason)
+            else:
+                self.refuse_new()
+        except AcceptError as error:
+            logger.debug("%s, and nobody can be taken: %s", reason, error.reason)
+        except OSError as error:
             # It was possible when the limit was set. What cannot be refused is queued.
             if not self._cannot_refuse:
                 self._cannot_refuse = True
                 logger.warning("%s, and the kernel cannot refuse: %s", reason, error)
+
+    def _reject_new(self, reason: str) -> None:
+        rejected = 0
+        for pending in self._newcomers(PER_WAKE_UP):
+            self.refuse(pending, reason)
+            rejected += 1
+        if rejected and self._gate.waiting():
+            self._loop.call_soon(self._overflow)
+
+    def _newcomers(self, limit: int) -> Iterator[PendingTransport]:
+        """Take up to *limit* connections for which nobody has asked."""
+        fresh = self._fresh  # a condition may be asked about it
+        try:
+            for _ in range(limit):
+                try:
+                    pending = self._take()
+                except NetworkDownError as error:
+                    logger.debug("%s", error.reason)
+                    continue
+                if pending is None:
+                    return
+                if pending._status in TO_OFFER:
+                    yield pending
+        finally:
+            self._fresh = fresh
 
     def _take(self) -> PendingTransport | None:
         try:
@@ -513,8 +571,7 @@ class Deciding(Generic[T]):
             raise _no_group(pending)
         admission = self._gate.admit(pending._arrival)
         pending._offered = False
-        if self.capacity.limited:
-            self._take_slots(pending)
+        self._take_slots(pending)
         pending._reason = accept.reason
         if isinstance(admission, OwnedSocket):
             if deliver or self.closed:
@@ -535,11 +592,14 @@ class Deciding(Generic[T]):
 
     def _take_slots(self, pending: PendingTransport) -> None:
         """Count an accepted connection, until what is held for it is released."""
-        holds = pending._holds = pending._holds or []
-        holds.append(self.capacity.streams.take())
         starting = self.capacity.starting.take()
-        holds.append(starting)
+        holds = pending._holds = pending._holds or []
+        holds += self.capacity.streams.take(), starting
         pending._started = partial(self._started, starting)
+        if self.capacity.limited:
+            full = self.capacity.overflow()
+            if full is not None and full[0] != "queue":
+                self._loop.call_soon(self._overflow)
 
     def _started(self, give_back: Callable[[], bool]) -> None:
         if give_back():
@@ -657,8 +717,7 @@ class Deciding(Generic[T]):
         if not self._wake_next_free():
             self._frees += 1
         self.consumer.left_place()
-        if self._refusing and not self.suspended and self.capacity.may_listen():
-            self.listen_again()
+        self._listen_if_room()
 
     def _wait_for_place(self, pending: PendingTransport) -> None:
         if pending._stay.in_line:
@@ -791,22 +850,23 @@ class Deciding(Generic[T]):
         if group is not None:
             group._add(serial, stream)
         if pending._callee_data:
-            try:
-                stream.write(bytes(pending._callee_data))
-            except OSError:
-                # The caller has left: the stream remembers, and says so when it is used.
-                pass
-        result: object = stream
-        if self._stream_factory is not None:
-            try:
-                result = self._stream_factory(stream)
-            except BaseException as error:
-                self._fail(pending, f"stream_factory raised {error!r}")
-                stream.abort()
-                raise
+            _send_callee_data(stream, bytes(pending._callee_data))
+        factory = self._stream_factory
+        result = stream if factory is None else self._made(factory, stream, pending)
         self._to(pending, Status.ACCEPTED)
         self._ledger.settle(pending, Status.ACCEPTED, pending._reason)
         return stream, result
+
+    def _made(
+        self, factory: Callable[[Stream], object], stream: Stream, pending: PendingTransport
+    ) -> object:
+        """Return what ``stream_factory`` makes of a new stream."""
+        try:
+            return factory(stream)
+        except BaseException as error:
+            self._fail(pending, f"stream_factory raised {error!r}")
+            stream.abort()
+            raise
 
     def _apply_qos(
         self, pending: PendingTransport, sock: OwnedSocket, group: StreamGroup | None
@@ -1014,21 +1074,30 @@ class Deciding(Generic[T]):
         return room is None or room > self._pending.deciding
 
     def take_in(self) -> None:
-        """Put everybody whom the kernel has queued on the deque, as far as there are places."""
-        while not self._pending.crowded:
-            pending = self._take()
-            if pending is None:
-                return
-            if pending._status in TO_OFFER:
-                self._enter(pending, Status.QUEUED)
-                self.consumer.became_due(pending)
+        """Put everybody whom the kernel has queued on the deque, as far as there are places.
+
+        Raises:
+            AcceptError: Not everybody; they wait at the gate.
+        """
+        known = self._gate.backlog()
+        # Who comes meanwhile does not count, or there might be no end.
+        most = AT_ONCE if known is None else known[1] + 1
+        if self._pending.max_pending is not None:
+            most = min(most, self._pending.max_pending - len(self._pending))
+        for pending in self._newcomers(most):
+            self._enter(pending, Status.QUEUED)
+            self.consumer.became_due(pending)
 
     def refuse_new(self) -> None:
         """Have the kernel refuse newcomers; those it has queued are taken in before.
 
         Raises:
-            OSError, ValueError: It cannot be done with these sockets; nothing has changed.
+            AcceptError: They cannot be; nothing is refused.
+            OSError: It cannot be done with these sockets; nothing has changed.
         """
+        if self._refusing:
+            return
+        self._gate.check_refusable()
         # No await between the two: whoever comes in between is reset.
         self.take_in()
         self._gate.refuse_new()
@@ -1038,33 +1107,81 @@ class Deciding(Generic[T]):
         """Change a limit; whoever waited for it goes on.
 
         Raises:
-            OSError, ValueError: It refuses at the kernel, which these sockets cannot;
-                nothing has changed.
+            OSError: It refuses at the kernel, which these sockets cannot; nothing has
+                changed.
         """
-        if limit is not None and limit.overflow == "refuse":
+        if limit is not None and limit.overflow == "refuse" and not self.stopped:
             self._gate.check_refusable()
+        before = self.capacity.room()
         self.capacity.set(name, limit)
-        if self._refusing and not self.suspended and self.capacity.may_listen():
-            self.listen_again()
+        room = self.capacity.room()
+        if before is not None:
+            waiting = len(self._until_free)
+            for _ in range(waiting if room is None else min(waiting, room - before)):
+                self._wake_next_free()
+            if room is None or room > before:
+                self._frees += 1  # for who is under decision
+        self._cannot_refuse = False
+        self._overflow()
+        self._listen_if_room()
         self.consumer.left_place()
 
+    def suspend(self, *, refuse: bool) -> None:
+        """Take nobody; with *refuse*, have the kernel refuse them.
+
+        Raises:
+            OSError: As `refuse_new()`; nothing has changed.
+        """
+        if refuse:
+            self.refuse_new()
+            self._refusal_asked = True
+        self.suspended = True
+
     def resume(self) -> None:
-        """Take again, after `suspended` was set."""
+        """Take again, after `suspend()`.
+
+        Raises:
+            OSError: The kernel does not listen again; nothing has changed.
+        """
         if self._refusing and self.capacity.may_listen():
             self._gate.listen_again()
             self._refusing = False
-        self.suspended = False
+        self.suspended = self._refusal_asked = False
+        self._overflow()
+        # Both: who came before waits for no news.
+        self.consumer.left_place()
         self.consumer.arrived()
 
-    def listen_again(self) -> None:
-        """Have the kernel listen again."""
+    def _listen_if_room(self) -> None:
+        """Have the kernel listen again, if it refuses only for want of room."""
+        if (
+            not self._refusing
+            or self._refusal_asked
+            or self.stopped
+            or not self.capacity.may_listen()
+        ):
+            return
+        self._stop_relistening()
         try:
             self._gate.listen_again()
         except OSError as error:
-            logger.error("the kernel does not listen again: %s", error)  # noqa: TRY400
+            logger.error(  # noqa: TRY400 - what failed stands in the sentence
+                "callers are still refused, in %s s it is tried again: %s", RELISTEN, error
+            )
+            self._relisten = self._loop.call_later(RELISTEN, self._listen_if_room)
             return
         self._refusing = False
         self.consumer.arrived()
+
+    def _stop_relistening(self) -> None:
+        if self._relisten is not None:
+            self._relisten.cancel()
+            self._relisten = None
+
+    @property
+    def rejecting(self) -> int:
+        """How many rejected callers are still being told why."""
+        return self._gate.rejecting
 
     @property
     def refusing(self) -> bool:
@@ -1074,16 +1191,18 @@ class Deciding(Generic[T]):
     def stop(self) -> int:
         """Take in who is queued, and then nobody any more; return how many could not be."""
         if self.stopped:
-            return 0
+            return self._left_queued
         if not self._refusing:
             try:
                 self.take_in()
             except AcceptError as error:
                 logger.warning("the shutdown cannot take those who wait: %s", error.reason)
-        backlog = self._gate.backlog()
+            backlog = self._gate.backlog()
+            self._left_queued = 0 if backlog is None else backlog[0]
         self.stopped = True
+        self._stop_relistening()
         self._gate.stop()
-        return 0 if backlog is None else backlog[0]
+        return self._left_queued
 
     # -- moving
 
@@ -1136,6 +1255,14 @@ class Deciding(Generic[T]):
             for waiter in idle:
                 if not waiter.done() and not self._loop.is_closed():
                     waiter.set_result(None)
+
+
+def _send_callee_data(stream: Stream, data: bytes) -> None:
+    try:
+        stream.write(data)
+    except OSError:
+        # The caller has left: the stream remembers, and says so when it is used.
+        pass
 
 
 def _no_group(pending: PendingTransport) -> InvalidGroupError:

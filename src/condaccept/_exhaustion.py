@@ -49,15 +49,17 @@ class Exhaustion:
         """Whether an episode is."""
         return self._since is not None
 
-    @property
-    def delay(self) -> float:
-        """Seconds to wait before the next attempt."""
-        return self._delay
+    def pause(self) -> float:
+        """Return the seconds until the next attempt that nothing gives a reason for.
+
+        Each is longer than the one before, until an attempt succeeds.
+        """
+        delay, self._delay = self._delay, min(2 * self._delay, LONGEST)
+        return delay
 
     def failed(self, now: float, reason: str, waiting: int | None) -> Episode | None:
         """Note an attempt that failed; return the episode if it begins with that."""
         if self._since is not None:
-            self._delay = min(2 * self._delay, LONGEST)
             if waiting is not None:
                 self._waiting = max(self._waiting or 0, waiting)
             return None

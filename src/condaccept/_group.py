@@ -48,12 +48,20 @@ class OpenStreams:
             (stream._attachment or stream).close()
 
     def abort(self) -> None:
-        """Reset each connection."""
+        """Reset each connection; a transport that has one is aborted."""
+        self._abort(None)
+
+    def _abort(self, own: Stream | None) -> None:
         for stream in self.streams:
-            (stream._attachment or stream).abort()
+            if stream is not own:
+                (stream._attachment or stream).abort()
 
     def _add(self, serial: int, stream: Stream) -> None:
         self._streams[serial] = weakref.ref(stream)
+
+    def others(self, own: Stream | None) -> bool:
+        """Whether a connection is open whose stream is not *own*."""
+        return any(own is None or each() is not own for each in self._streams.values())
 
     def _discard(self, serial: int) -> None:
         self._streams.pop(serial, None)

@@ -45,8 +45,7 @@ class Statistics:
         rejecting: Rejected ones that are still being sent callee data.
         cut_short: Rejected ones that were not given the time to read callee data.
         streams: Accepted ones that are still open.
-        starting: Of these, those that have not said `Stream.started()`; counted while there
-            is a limit, else 0.
+        starting: Accepted ones that have not said `Stream.started()`.
         handlers: Handlers of `serve()` that are running.
         backlog: Connections in the kernel's accept queue; ``None`` where it does not tell.
         backlog_limit: How many it queues; ``None`` where it does not tell.

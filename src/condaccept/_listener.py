@@ -95,7 +95,9 @@ class Listener(Generic[T]):
             exhausted: -
             watch: Makes the watch, given the loop.
         """
-        _check_limits(max_pending, max_deciding, defer_timeout, on_full, on_eof, exhausted)
+        _check_limits(
+            max_pending, max_deciding, defer_timeout, on_full, on_eof=on_eof, exhausted=exhausted
+        )
         capacity = Capacity(
             as_limit("max_streams", max_streams), as_limit("max_starting", max_starting)
         )
@@ -106,6 +108,8 @@ class Listener(Generic[T]):
         self._watch = watch(loop)
         try:
             self._gate = gate(loop, self._watch)
+            if capacity.refuses:
+                self._gate.check_refusable()
         except BaseException:
             self._watch.release()
             raise
@@ -171,7 +175,9 @@ class Listener(Generic[T]):
         check_listening(sock)
         checked = check_options(options)
         _check_timeout("reject_timeout", reject_timeout)
-        _check_limits(max_pending, max_deciding, defer_timeout, on_full, on_eof, exhausted)
+        _check_limits(
+            max_pending, max_deciding, defer_timeout, on_full, on_eof=on_eof, exhausted=exhausted
+        )
         as_limit("max_streams", max_streams)
         as_limit("max_starting", max_starting)
         apply_options(sock, checked)
@@ -386,7 +392,12 @@ class Listener(Generic[T]):
     def max_streams(self) -> Limit | None:
         """How many streams may be open; ``None`` for any number. Can be set, to a number too.
 
-        Set lower than what is open, it closes none of them.
+        Set lower than what is open it closes none of them, and decisions that are under
+        way may still let somebody in. `PendingTransport.decide()` and ``take()`` do not ask
+        for room; what they let in counts.
+
+        Raises:
+            OSError: It is to refuse, and the kernel cannot be made to; nothing has changed.
         """
         return self._deciding.capacity.get("max_streams")
 
@@ -578,14 +589,14 @@ class Listener(Generic[T]):
 
         Raises:
             ListenerClosedError: The listener is closed.
-            OSError, ValueError: The kernel cannot be made to refuse, since the sockets are
-                no TCP sockets, or not made by `listen()`, or shared with somebody;
-                nothing has changed.
+            OSError: The kernel cannot be made to refuse, since the sockets are no TCP
+                sockets, or not made by `listen()`, or shared with somebody; nothing has
+                changed.
+            DescriptorsExhaustedError: There is no descriptor to take those with that the
+                kernel has queued; they wait there, and nothing is suspended.
         """
         self._check_open()
-        if refuse and not self._deciding.refusing:
-            self._deciding.refuse_new()
-        self._deciding.suspended = True
+        self._deciding.suspend(refuse=refuse)
 
     def resume(self) -> None:
         """Take newcomers again, after `suspend()`. A second call does nothing.
@@ -605,12 +616,18 @@ class Listener(Generic[T]):
 
         Those the kernel has queued are taken and decided, as far as ``max_pending``
         allows, and nobody after them: the listening sockets are closed. Then the open
-        streams are waited for. Whatever is undecided or open after *timeout* is reset, and
-        the listener is closed. ``None``: no limit, so a deferred connection may keep it
-        until ``defer_timeout``, and a stream for as long as it likes.
+        streams are waited for, and rejected callers that read their callee data. Whatever
+        is undecided or open after *timeout* is reset, and the listener is closed. ``None``:
+        no limit, so a deferred connection may keep it until ``defer_timeout``, one that
+        nobody accepts or a stream for as long as it likes.
 
-        A plain close of a listening socket resets whoever comes at that moment. A restart
-        that loses nobody needs a successor that has the same socket.
+        Closing a listening socket resets whoever comes at that moment. A restart that
+        loses nobody needs a successor that has the same socket.
+
+        Handlers of `serve()` are not cancelled. Called from such a handler this waits for
+        the other streams; its own is left to it, and is not aborted. So with a connection
+        whose ``async`` condition calls this: it keeps its verdict. A second call waits,
+        too; the shorter *timeout* counts.
 
         Returns:
             `Leftovers`, which is false if there were none.
@@ -622,8 +639,11 @@ class Listener(Generic[T]):
             Nobody is taken any more; nothing else is ended. Call it again, or `close()`.
         """
         _check_timeout("timeout", timeout)
-        left = await shutdown(self._deciding, timeout)
-        self.abort()
+        task = asyncio.current_task()
+        own = next(filter(None, (serve.stream_of(task) for serve in self._serving)), None)
+        left = await shutdown(self._deciding, timeout, own)
+        self.close()
+        self._deciding.abort_streams(own)
         return left
 
     def close(self) -> None:
@@ -839,7 +859,9 @@ async def listen(
     """
     checked = check_options(options)
     _check_timeout("reject_timeout", reject_timeout)
-    _check_limits(max_pending, max_deciding, defer_timeout, on_full, on_eof, exhausted)
+    _check_limits(
+        max_pending, max_deciding, defer_timeout, on_full, on_eof=on_eof, exhausted=exhausted
+    )
     as_limit("max_streams", max_streams)
     as_limit("max_starting", max_starting)
     hosts = _check_address(host, port, path)
@@ -973,6 +995,7 @@ def _check_limits(
     max_deciding: int,
     defer_timeout: float | None,
     on_full: OnFull | None,
+    *,
     on_eof: OnEof,
     exhausted: OnExhausted,
 ) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
 
-from condaccept._deciding import LOSSES, TO_OFFER, closed_error
+from condaccept._deciding import LOSSES, PER_WAKE_UP, TO_OFFER, closed_error
 from condaccept._exhaustion import Exhaustion
 from condaccept._pending import Status
 from condaccept._sockets import descriptor_free
@@ -40,12 +40,10 @@ if TYPE_CHECKING:
     from condaccept._pending import Condition, PendingTransport
     from condaccept._stream import Stream
 
-__all__ = ("Handler", "Policy", "Serve", "Streams")
+__all__ = ("PER_WAKE_UP", "Handler", "Policy", "Serve", "Streams")
 
 T = TypeVar("T")
 
-PER_WAKE_UP: Final = 32
-"""Offers before the loop's other readers have their turn: a few hundred microseconds."""
 IN_A_ROW: Final = 64
 """Iterations that complete at once before one yields to the loop."""
 
@@ -104,6 +102,7 @@ class Consumption(abc.ABC, Generic[T]):
         self._again = False
         self._soon: asyncio.Handle | None = None
         self._retry: asyncio.TimerHandle | None = None
+        self._errors = 0  # of accept(2), one after the other
 
     # -- what it is told as the consumer
 
@@ -128,9 +127,8 @@ class Consumption(abc.ABC, Generic[T]):
 
     def closed(self) -> None:
         """Stop: the listener was closed, or takes no more."""
-        if self._retry is not None and self._deciding.closed:
-            self._retry.cancel()
-            self._retry = None
+        if self._deciding.stopped:
+            self._no_more_episode()
         self._later()
 
     @abc.abstractmethod
@@ -158,6 +156,8 @@ class Consumption(abc.ABC, Generic[T]):
 
     def _end(self) -> None:
         """Do nothing any more."""
+        if self._deciding.consumer is self:
+            self._no_more_episode()
         for handle in (self._soon, self._retry):
             if handle is not None:
                 handle.cancel()
@@ -207,6 +207,7 @@ class Consumption(abc.ABC, Generic[T]):
             self._again = True  # what told of the others is spent
             raise
         finally:
+            self._deciding.done_with_fresh()
             self._pumping = False
             if self._again:
                 self._later()
@@ -235,29 +236,36 @@ class Consumption(abc.ABC, Generic[T]):
                 return None
             self._round -= 1
             return self._due.popleft()
-        if self._pending.crowded and not (deciding.expires_oldest and self._pending.deferred):
-            return None
         return self._take()
 
     def _take(self) -> PendingTransport | None:
-        exhaustion = self._policy.exhaustion
+        deciding, exhaustion = self._deciding, self._policy.exhaustion
+        if self._pending.crowded and not (deciding.expires_oldest and self._pending.deferred):
+            return None
         try:
-            pending = self._deciding.take()
+            pending = deciding.take()
         except NetworkDownError as error:
+            # About one connection, says accept(2), so the next is tried at once; unless
+            # there is no end of them.
             logger.debug("%s", error.reason)
-            self._again = True
+            self._errors += 1
+            if self._errors % PER_WAKE_UP:
+                self._again = True
+            else:
+                self._set_retry()
             return None
         except (DescriptorsExhaustedError, BuffersExhaustedError) as error:
             self._exhausted(error)
             return None
         except AcceptError as error:
+            logger.error("accepting has ended: %s", error.reason)  # noqa: TRY400 - a sentence
             self._broken(error)
             return None
-        if exhaustion.under_way:
-            if pending is not None:
-                exhaustion.succeeded()
-            elif not self._gate.waiting():
-                self._nobody_waits()
+        self._errors = 0
+        if pending is not None:
+            exhaustion.succeeded()
+        elif exhaustion.under_way and not self._gate.waiting():
+            self._nobody_waits()
         return pending
 
     @abc.abstractmethod
@@ -277,8 +285,6 @@ class Consumption(abc.ABC, Generic[T]):
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - of one client
             self._condition_raised(pending, error)
             return
-        finally:
-            self._deciding.done_with_fresh()
         if isinstance(verdict, _VERDICTS) or not inspect.isawaitable(verdict):
             self._conclude(pending, verdict)
             return
@@ -375,13 +381,13 @@ class Consumption(abc.ABC, Generic[T]):
             )
             for callback in self._policy.on_exhausted:
                 self._loop.call_soon(callback, begun)
+                self._again = True  # behind it: it may have closed something
         self._set_retry()
 
     def _set_retry(self) -> None:
         # A descriptor that is closed elsewhere in the process tells nobody.
         if self._retry is None:
-            delay = self._policy.exhaustion.delay
-            self._retry = self._loop.call_later(delay, self._try_again)
+            self._retry = self._loop.call_later(self._policy.exhaustion.pause(), self._try_again)
 
     def _try_again(self) -> None:
         self._retry = None
@@ -392,19 +398,25 @@ class Consumption(abc.ABC, Generic[T]):
         if not descriptor_free():
             self._set_retry()
             return
-        ended = self._policy.exhaustion.caught_up(self._loop.time())
+        self._end_episode("accepting again, nobody waits")
+
+    def _end_episode(self, how: str) -> None:
         if self._retry is not None:
             self._retry.cancel()
             self._retry = None
+        ended = self._policy.exhaustion.caught_up(self._loop.time())
         if ended is not None:
             logger.warning(
-                "accepting again after %.3f s: %s",
+                "%s; it lasted %.3f s%s",
+                how,
                 ended.seconds,
-                "all are served"
-                if ended.waiting is None
-                else f"up to {ended.waiting} waited at once, all are served",
+                "" if ended.waiting is None else f", up to {ended.waiting} waited at once",
                 extra={"seconds": ended.seconds, "waiting": ended.waiting},
             )
+
+    def _no_more_episode(self) -> None:
+        """Try no more: nobody is to be taken."""
+        self._end_episode("nobody is accepted any more")
 
 
 class Streams(Consumption[T]):
@@ -449,11 +461,11 @@ class Streams(Consumption[T]):
             while not self._given:
                 if self._error is not None:
                     raise self._error
-                if self._over or self._deciding.finished():
+                if self._over or self._finished():
                     raise closed_error()
                 self._begin()
                 self._try()
-                if not self._given and not self._deciding.finished() and self._error is None:
+                if not self._given and not self._finished() and self._error is None:
                     await self._wait()
             return self._given.popleft()
         except ListenerClosedError:
@@ -491,6 +503,20 @@ class Streams(Consumption[T]):
     async def _turn(self) -> None:
         self._streak = 0
         await asyncio.sleep(0)
+
+    def _finished(self) -> bool:
+        """Whether nobody will come any more.
+
+        The decision in which the listener was closed keeps its verdict: that one may come.
+        """
+        return self._deciding.finished() and all(task.cancelling() for task in self._deciders)
+
+    def _decided(
+        self, pending: PendingTransport, awaitable: Awaitable[Any], task: asyncio.Task[None]
+    ) -> None:
+        super()._decided(pending, awaitable, task)
+        if self._deciding.finished():
+            self.closed()
 
     def _try(self) -> None:
         """Take and decide in the step of the iteration itself, for it alone."""
@@ -561,7 +587,7 @@ class Serve(Consumption[T]):
             raise TypeError(message)
         super().__init__(*args)
         self._handler = handler
-        self._handlers: set[asyncio.Task[None]] = set()
+        self._handlers: dict[asyncio.Task[None], Stream] = {}
         self._ending: asyncio.Future[None] | None = None
         self._error: AcceptError | None = None
 
@@ -590,6 +616,10 @@ class Serve(Consumption[T]):
         """How many handlers are running."""
         return len(self._handlers)
 
+    def stream_of(self, task: asyncio.Task[Any] | None) -> Stream | None:
+        """Return the stream that *task* is the handler of."""
+        return None if task is None else self._handlers.get(task)
+
     def busy(self) -> bool:
         """Whether it is running."""
         return self._ending is not None
@@ -603,7 +633,7 @@ class Serve(Consumption[T]):
         if cancel:
             self._end()
             self._cancel()
-        while tasks := self._deciders | self._handlers:
+        while tasks := self._deciders | self._handlers.keys():
             try:
                 await asyncio.wait(tasks)
             except asyncio.CancelledError:
@@ -612,7 +642,7 @@ class Serve(Consumption[T]):
                 self._cancel()
 
     def _cancel(self) -> None:
-        for task in self._deciders | self._handlers:
+        for task in self._deciders | self._handlers.keys():
             task.cancel()
 
     def _after(self) -> None:
@@ -630,9 +660,9 @@ class Serve(Consumption[T]):
 
     def _give(self, stream: Stream, result: T) -> None:
         task = self._loop.create_task(self._handle(result))
-        self._handlers.add(task)
+        self._handlers[task] = stream
         # Not in the task: one that is cancelled before its first step runs nothing of it.
-        task.add_done_callback(partial(self._handled, stream))
+        task.add_done_callback(self._handled)
 
     async def _handle(self, result: T) -> None:
         running = self._handler(result)
@@ -641,15 +671,18 @@ class Serve(Consumption[T]):
             raise TypeError(message)
         await running
 
-    def _handled(self, stream: Stream, task: asyncio.Task[None]) -> None:
-        self._handlers.discard(task)
+    def _handled(self, task: asyncio.Task[None]) -> None:
+        stream = self._handlers.pop(task)
         error = None if task.cancelled() else task.exception()
         if task.cancelled() or error is not None:
             stream.abort()
         else:
             stream.close()
         if error is not None:
-            logger.error(
+            # What a handler makes of its stream being aborted is no fault of it.
+            expected = self._deciding.aborted and isinstance(error, ConnectionAbortedError)
+            logger.log(
+                logging.DEBUG if expected else logging.ERROR,
                 "the handler of %r raised",
                 stream.caller_id,
                 exc_info=error,
@@ -657,7 +690,6 @@ class Serve(Consumption[T]):
             )
 
     def _broken(self, error: AcceptError) -> None:
-        logger.error("serving has ended: %s", error.reason)
         self._error = error
 
 

@@ -195,6 +195,9 @@ class MemoryGate(ConnectedGate):
     def share(self) -> None:
         """There is nothing to share."""
 
+    def check_refusable(self) -> None:
+        """Nothing to check: `dial()` can always be refused."""
+
     def refuse_new(self) -> None:
         """Have `dial()` refused; whoever was not taken reads the end of the stream."""
         self.refusing = True
@@ -213,8 +216,9 @@ class MemoryGate(ConnectedGate):
         """Refuse: there is no listening socket."""
         raise OSError(errno.ENOTSOCK, f"there is no socket to read {(level, name, buflen)!r} of")
 
-    def start(self, ready: Callable[[], object]) -> None:
+    def start(self, ready: Callable[[], object], told: Callable[[], object]) -> None:
         """Begin; *ready* is called by `dial()`."""
+        self._farewells.ended = told
         self._ready = ready
 
     def waiting(self) -> bool:

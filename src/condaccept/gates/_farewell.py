@@ -19,6 +19,7 @@ from condaccept._watch import READ, WRITE
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Callable
 
     from condaccept._watch import Watch
 
@@ -36,7 +37,12 @@ _scratch = bytearray(CHUNK)
 
 
 class Farewells:
-    """Refused connections that are still being told so."""
+    """Refused connections that are still being told so.
+
+    Attributes:
+        ended: Called when one of them is over and its descriptor closed.
+        cut_short: How many were not given the time to read.
+    """
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, watch: Watch, timeout: float | None
@@ -48,6 +54,7 @@ class Farewells:
         self._open: OrderedDict[_Farewell, float] = OrderedDict()
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
+        self.ended: Callable[[], object] = lambda: None
         self.cut_short = 0
 
     def __len__(self) -> int:
@@ -108,6 +115,8 @@ class Farewells:
         del self._open[farewell]
         self._watch.unregister(farewell.sock.fileno())
         farewell.close()
+        if not self._closed:
+            self.ended()
 
     def _time_over(self) -> None:
         now = self._loop.time()

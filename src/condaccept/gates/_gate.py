@@ -48,8 +48,11 @@ class Gate(Protocol, Generic[A]):
     def getsockopt(self, level: int, name: int, buflen: int) -> int | bytes:
         """Read an option of the first listening socket; *buflen* 0 for an integer."""
 
-    def start(self, ready: Callable[[], object]) -> None:
-        """Begin; *ready* is called when somebody has come. It is a hint."""
+    def start(self, ready: Callable[[], object], told: Callable[[], object]) -> None:
+        """Begin; *ready* is called when somebody has come. It is a hint.
+
+        *told* is called when a refused connection that counted as `rejecting` is over.
+        """
 
     def waiting(self) -> bool:
         """Whether somebody waits to be taken."""
@@ -63,27 +66,6 @@ class Gate(Protocol, Generic[A]):
         Raises:
             AcceptError: Nothing could be taken; who waits goes on waiting, but for a
                 `PendingResetError`, which is about a connection that is gone.
-        """
-
-    def refuse_new(self) -> None:
-        """Have connects refused: ECONNREFUSED at once, until `listen_again()`.
-
-        Whoever is queued is reset, so the caller takes those first, without an await in
-        between. What was taken and what was admitted goes on. Meanwhile nobody waits, and
-        `take()` finds nobody. A second call does nothing.
-
-        Raises:
-            OSError: This gate cannot, and the message says why and what to do instead;
-                EOPNOTSUPP. Or the kernel would not. Nothing has changed.
-
-        Source: shutdown(2), listen(2).
-        """
-
-    def listen_again(self) -> None:
-        """End what `refuse_new()` began; a second call does nothing.
-
-        Raises:
-            OSError: The kernel would not. Connects go on being refused.
         """
 
     def watch(self, arrival: A, n: int, changed: Callable[[], object]) -> None:
@@ -110,10 +92,31 @@ class Gate(Protocol, Generic[A]):
         """Drop a connection that found its end without a verdict."""
 
     def check_refusable(self) -> None:
-        """Check that the kernel can be made to refuse.
+        """Check that connects can be refused, and change nothing.
 
         Raises:
-            OSError, ValueError: It cannot; the sentence says why.
+            OSError: This gate cannot, and the message says why and what to do instead;
+                EOPNOTSUPP.
+        """
+
+    def refuse_new(self) -> None:
+        """Have connects refused: ECONNREFUSED at once, until `listen_again()`.
+
+        Whoever is queued is reset, so the caller takes those first, without an await in
+        between. What was taken and what was admitted goes on. Meanwhile nobody waits, and
+        `take()` finds nobody. A second call does nothing.
+
+        Raises:
+            OSError: As `check_refusable()`, or the kernel would not. Nothing has changed.
+
+        Source: shutdown(2), listen(2).
+        """
+
+    def listen_again(self) -> None:
+        """End what `refuse_new()` began; a second call does nothing.
+
+        Raises:
+            OSError: The kernel would not. Connects go on being refused.
         """
 
     def stop(self) -> None:

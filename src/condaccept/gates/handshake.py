@@ -137,7 +137,7 @@ class HandshakeGate(ConnectedGate):
     def refuse_new(self) -> None:
         if self._refusing:
             return
-        self._check_refusable()
+        self.check_refusable()
         refused: list[_Lane] = []
         try:
             for lane in self._lanes:
@@ -169,8 +169,10 @@ class HandshakeGate(ConnectedGate):
             raise
         self._refusing = False
 
-    def _check_refusable(self) -> None:
-        """Refuse to refuse where it would hit others, or could not be undone."""
+    def check_refusable(self) -> None:
+        # It would hit others, or could not be undone.
+        if self._refusing:
+            return
         for sock in self.sockets:
             check_listening(sock)
         if any(not lane.kind.tcp for lane in self._lanes):
@@ -235,7 +237,8 @@ class HandshakeGate(ConnectedGate):
             return lane.sock.getsockopt(level, name, buflen)
         return lane.sock.getsockopt(level, name)
 
-    def start(self, ready: Callable[[], object]) -> None:
+    def start(self, ready: Callable[[], object], told: Callable[[], object]) -> None:
+        self._farewells.ended = told
         self._arrived = ready
         for lane in self._lanes:
             self._register(lane)
