@@ -32,7 +32,7 @@ from condaccept import (
     listen,
 )
 from condaccept._capacity import Capacity
-from condaccept._deciding import PER_WAKE_UP
+from condaccept._taking import PER_WAKE_UP
 from condaccept.testing import memory_listener
 from tests.support import (
     LIMIT,
@@ -912,7 +912,7 @@ async def test_listening_again_fails(
     dial: Dial, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kernel that will not listen again is asked until it does."""
-    monkeypatch.setattr("condaccept._deciding.RELISTEN", 0.001)
+    monkeypatch.setattr("condaccept._taking.RELISTEN", 0.001)
     async with running("serve", max_streams=Limit(1, "refuse")) as service:
         listener = service.listener
         again, tries = listener._gate.listen_again, []

@@ -255,7 +255,7 @@ async def test_no_room_in_the_watch(
     def no_stream(*_: object, **_options: object) -> Stream:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("condaccept._deciding.Stream", no_stream)
+    monkeypatch.setattr("condaccept._admitting.Stream", no_stream)
     dial(listener)
     with pytest.raises(OSError, match="No space"):
         await listener.accept(into("gold"))

@@ -500,7 +500,7 @@ async def test_nothing_is_made_for_who_does_not_ask(
     """A connection whose quality of service nobody asks for costs no object and no system call."""
     monkeypatch.setattr("condaccept._pending.QOS", None)
     monkeypatch.setattr("condaccept.gates._connection.saved_syn", None)
-    monkeypatch.setattr("condaccept._deciding.apply_flow", None)
+    monkeypatch.setattr("condaccept._admitting.apply_flow", None)
     dial(listener)
     async with await listener.accept(accept):
         pass

@@ -25,7 +25,8 @@ from condaccept import (
     Reject,
     Status,
     Stream,
-    _deciding,
+    _moving,
+    _waking,
     listen,
 )
 from condaccept.testing import MemoryGate, memory_listener
@@ -647,7 +648,7 @@ async def test_reconsider(memory: Memory) -> None:
 
 async def test_reconsider_is_bounded(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     """So many are looked at in a turn of the loop; those decided meanwhile are left out."""
-    monkeypatch.setattr(_deciding, "PER_TURN", 3)
+    monkeypatch.setattr(_waking, "PER_TURN", 3)
     listener, gate = memory
     serve = await serving(listener, lambda _: DEFER)
     clients = [gate.dial(("192.0.2.1", n)) for n in range(8)]
@@ -666,7 +667,7 @@ async def test_reconsider_is_bounded(memory: Memory, monkeypatch: pytest.MonkeyP
 
 async def test_alarms_are_bounded(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     """So many whose time has come are woken in a turn of the loop, and the others after."""
-    monkeypatch.setattr(_deciding, "PER_TURN", 2)
+    monkeypatch.setattr(_moving, "PER_TURN", 2)
     listener, gate = memory
     script = Script(Defer(after=0), REJECT)
     serve = await serving(listener, script)

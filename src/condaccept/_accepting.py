@@ -12,16 +12,10 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
-from condaccept._deciding import (
-    LOSSES,
-    TO_COME,
-    TO_OFFER,
-    Deciding,
-    OnEof,
-    OnFull,
-    closed_error,
-)
+from condaccept._admitting import TO_COME
+from condaccept._deciding import Deciding
 from condaccept._events import Event
+from condaccept._moving import LOSSES, TO_OFFER, OnEof, OnFull, closed_error
 from condaccept._pending import Condition, PendingDeque, PendingTransport, Status
 from condaccept._verdict import Accept, Defer, Reject, Verdict
 from condaccept.exceptions import (

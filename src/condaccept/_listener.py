@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import TracebackType
 
-    from condaccept._deciding import OnEof, OnFull
     from condaccept._exhaustion import Episode, OnExhausted
     from condaccept._group import StreamGroup
+    from condaccept._moving import OnEof, OnFull
     from condaccept._pending import Address
     from condaccept._qos import FlowSpec
     from condaccept._serving import Handler

@@ -160,6 +160,9 @@ class Owner(Protocol):
     def wake(self, pending: PendingTransport) -> bool:
         """See `PendingTransport.reconsider()`."""
 
+    def changed(self, pending: PendingTransport) -> None:
+        """Look at a deferred connection about which the watch has told something."""
+
     def group_qos(self, name: object) -> FlowSpec | None:
         """See `PendingTransport.gqos`."""
 
@@ -525,6 +528,10 @@ class PendingTransport:
             stream goes to whoever takes the listener's streams.
         """
         return await self._owner.hand_out(self)
+
+    def _changed(self) -> None:
+        """Have its owner look: the watch of its gate has told something."""
+        self._owner.changed(self)
 
     def _move(self, status: Status) -> None:
         """Make one transition of the table, or raise and change nothing."""

@@ -17,10 +17,11 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
 
-from condaccept._deciding import LOSSES, PER_WAKE_UP, TO_OFFER, closed_error
 from condaccept._exhaustion import Exhaustion
+from condaccept._moving import LOSSES, TO_OFFER, closed_error
 from condaccept._pending import Status
 from condaccept._sockets import descriptor_free
+from condaccept._taking import PER_WAKE_UP
 from condaccept._verdict import Accept, Defer, Reject, Verdict
 from condaccept.exceptions import (
     AcceptError,

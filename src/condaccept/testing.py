@@ -92,6 +92,9 @@ class _FakeOwner:
     def wake(self, _pending: PendingTransport) -> bool:
         return False
 
+    def changed(self, pending: PendingTransport) -> None:
+        self.decide(pending, Verdict.ACCEPT)
+
     def group_qos(self, name: object) -> FlowSpec | None:
         return self.groups.get(name)
 
