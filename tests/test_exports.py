@@ -51,7 +51,9 @@ ROOMS = [
     "_serving",
     "_shutdown",
     "_open",
+    "_arguments",
     "_listener",
+    "_listen",
     "_inherited",
     "testing",
 ]

@@ -665,6 +665,20 @@ async def test_reconsider_is_bounded(memory: Memory, monkeypatch: pytest.MonkeyP
         client.close()
 
 
+async def test_a_timer_that_fires_early(memory: Memory) -> None:
+    """What a timer was set for is due when it fires, be that a little before its time."""
+    listener, gate = memory
+    script = Script(Defer(after=60), REJECT)
+    serve = await serving(listener, script)
+    client = gate.dial()
+    await script.asked(1)
+    await until(lambda: listener.statistics().deferred)
+    listener._deciding._on_alarm()
+    await script.asked(2)
+    await cancelled(serve)
+    client.close()
+
+
 async def test_alarms_are_bounded(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     """So many whose time has come are woken in a turn of the loop, and the others after."""
     monkeypatch.setattr(_moving, "PER_TURN", 2)

@@ -32,8 +32,8 @@ from condaccept._inherited import inherited_sockets as inherited_sockets
 from condaccept._inherited import receive_sockets as receive_sockets
 from condaccept._inherited import send_listener as send_listener
 from condaccept._ledger import Statistics as Statistics
+from condaccept._listen import listen as listen
 from condaccept._listener import Listener as Listener
-from condaccept._listener import listen as listen
 from condaccept._pending import CalleeData as CalleeData
 from condaccept._pending import Condition as Condition
 from condaccept._pending import Credentials as Credentials

@@ -1,24 +1,23 @@
-"""`listen()` and `Listener`: the face of the library, over the rooms that do the work."""
+"""`Listener`: the face of the library, over the rooms that do the work."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
 import warnings
 import weakref
 from asyncio.trsock import TransportSocket
-from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, overload
 
 from condaccept._accepting import Accepting
+from condaccept._arguments import check_limits, check_timeout
 from condaccept._capacity import Capacity, Limit, as_limit
 from condaccept._delivery import Delivery, EventRecord
 from condaccept._events import Event, EventCallback, Outcome, Signals, Subscription
 from condaccept._ledger import Ledger, Statistics
-from condaccept._open import Host, UnixPath, absolute, open_tcp, open_unix, unlink
+from condaccept._open import unlink
 from condaccept._pending import Condition, PendingDeque, PendingTransport, Status
 from condaccept._serving import Policy, Serve, Streams
 from condaccept._shutdown import Leftovers, shutdown
@@ -34,7 +33,7 @@ from condaccept.exceptions import ListenerClosedError
 from condaccept.gates import Gate, HandshakeGate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from types import TracebackType
 
     from condaccept._exhaustion import Episode, OnExhausted
@@ -45,11 +44,9 @@ if TYPE_CHECKING:
     from condaccept._serving import Handler
     from condaccept._stream import Stream
 
-__all__ = ("Listener", "listen")
+__all__ = ("Listener",)
 
 T = TypeVar("T")
-
-INT_MAX: Final = 2**31 - 1
 
 REJECTING: Final = 64
 """Descriptors that rejections in the background may hold; see `Farewells`."""
@@ -95,7 +92,7 @@ class Listener(Generic[T]):
             exhausted: -
             watch: Makes the watch, given the loop.
         """
-        _check_limits(
+        check_limits(
             max_pending, max_deciding, defer_timeout, on_full, on_eof=on_eof, exhausted=exhausted
         )
         capacity = Capacity(
@@ -174,8 +171,8 @@ class Listener(Generic[T]):
             raise TypeError(message)
         check_listening(sock)
         checked = check_options(options)
-        _check_timeout("reject_timeout", reject_timeout)
-        _check_limits(
+        check_timeout("reject_timeout", reject_timeout)
+        check_limits(
             max_pending, max_deciding, defer_timeout, on_full, on_eof=on_eof, exhausted=exhausted
         )
         as_limit("max_streams", max_streams)
@@ -638,7 +635,7 @@ class Listener(Generic[T]):
         Cancellation:
             Nobody is taken any more; nothing else is ended. Call it again, or `close()`.
         """
-        _check_timeout("timeout", timeout)
+        check_timeout("timeout", timeout)
         task = asyncio.current_task()
         own = next(filter(None, (serve.stream_of(task) for serve in self._serving)), None)
         left = await shutdown(self._deciding, timeout, own)
@@ -731,198 +728,6 @@ class Listener(Generic[T]):
             )
 
 
-@overload
-async def listen(
-    host: Host = None,
-    port: int | str | None = None,
-    *,
-    path: UnixPath | None = None,
-    mode: int | None = None,
-    family: int = socket.AF_UNSPEC,
-    backlog: int = 4096,
-    options: Iterable[Option] = (),
-    reuse_port: bool = False,
-    defer_accept: int | None = None,
-    max_pending: int | None = 1024,
-    on_full: OnFull | None = None,
-    max_deciding: int = 128,
-    defer_timeout: float | None = 30.0,
-    reject_timeout: float | None = 5.0,
-    on_eof: OnEof = "keep",
-    max_streams: int | Limit | None = None,
-    max_starting: int | Limit | None = None,
-    exhausted: OnExhausted = "pause",
-    stream_factory: None = None,
-    conditional_accept: bool = False,
-) -> Listener[Stream]: ...
-@overload
-async def listen(
-    host: Host = None,
-    port: int | str | None = None,
-    *,
-    path: UnixPath | None = None,
-    mode: int | None = None,
-    family: int = socket.AF_UNSPEC,
-    backlog: int = 4096,
-    options: Iterable[Option] = (),
-    reuse_port: bool = False,
-    defer_accept: int | None = None,
-    max_pending: int | None = 1024,
-    on_full: OnFull | None = None,
-    max_deciding: int = 128,
-    defer_timeout: float | None = 30.0,
-    reject_timeout: float | None = 5.0,
-    on_eof: OnEof = "keep",
-    max_streams: int | Limit | None = None,
-    max_starting: int | Limit | None = None,
-    exhausted: OnExhausted = "pause",
-    stream_factory: Callable[[Stream], T],
-    conditional_accept: bool = False,
-) -> Listener[T]: ...
-async def listen(
-    host: Host = None,
-    port: int | str | None = None,
-    *,
-    path: UnixPath | None = None,
-    mode: int | None = None,
-    family: int = socket.AF_UNSPEC,
-    # asyncio's 100 and the classic 128 overflow within milliseconds of a flood; this is
-    # what net.core.somaxconn has been since Linux 5.4, which cuts it down where lower.
-    backlog: int = 4096,
-    options: Iterable[Option] = (),
-    reuse_port: bool = False,
-    defer_accept: int | None = None,
-    # As many as a process may have descriptors by default (RLIMIT_NOFILE, soft: 1024).
-    max_pending: int | None = 1024,
-    on_full: OnFull | None = None,
-    # A hundred outside look-ups at once is what a connection pool holds.
-    max_deciding: int = 128,
-    # Apache's and HAProxy's usual time for a client that says nothing.
-    defer_timeout: float | None = 30.0,
-    # nginx's lingering_timeout.
-    reject_timeout: float | None = 5.0,
-    on_eof: OnEof = "keep",
-    max_streams: int | Limit | None = None,
-    max_starting: int | Limit | None = None,
-    exhausted: OnExhausted = "pause",
-    stream_factory: Callable[[Stream], Any] | None = None,
-    conditional_accept: bool = False,
-) -> Listener[Any]:
-    """Listen on an address and return a `Listener`.
-
-    Args:
-        host: A name or address, several of them, or ``None`` for all addresses of the
-            machine. Every address of a name is listened on.
-        port: A number or the name of a service. 0: any free one, the same for all
-            addresses.
-        path: A Unix socket, in place of *host* and *port*; a leading NUL makes it an
-            abstract name. A file left behind by a dead listener is replaced; the file is
-            removed by `Listener.close()` if it is still the same.
-        mode: Access bits for the file of *path*, set before anybody can connect.
-        family: ``AF_INET`` or ``AF_INET6`` to use only these addresses of *host*.
-        backlog: How many finished connections the kernel queues.
-        options: Socket options, ``(level, name, value)`` each, set before listen(2);
-            accepted connections inherit them. TCP_NODELAY is set beforehand, and, on
-            Linux, TCP_SAVE_SYN, which `PendingTransport.syn` is read from.
-        reuse_port: Share the port with other sockets (SO_REUSEPORT).
-        defer_accept: Seconds for which the kernel keeps a connection back until its
-            caller has sent something (TCP_DEFER_ACCEPT); ``None``: it does not.
-        max_pending: How many connections may be on the deque; at the bound no further one
-            is taken, and the kernel's backlog holds the rest. ``None``: no limit.
-        on_full: What to do at that bound. ``"wait"``: nothing is taken.
-            ``"expire_oldest"`` makes room by expiring the oldest deferred connection.
-            ``None``: the first under `accept()`, where there never is one to expire,
-            since it would be offered first; the second under `streams()` and `serve()`.
-        max_deciding: How many async decisions may be under way at once.
-        defer_timeout: Seconds from the first deferral to a verdict; then the connection
-            is closed as expired. ``None``: no limit.
-        reject_timeout: Seconds that a rejected caller is given to read callee data.
-            ``None``: no limit.
-        on_eof: What a FIN before the verdict means. ``"keep"``: nothing, it may be a
-            half-close. ``"withdraw"``: the caller has left; the connection expires.
-        max_streams: How many streams may be open; a number, or a `Limit`, which says what
-            happens to the next caller. Can be changed later, as the next can.
-        max_starting: How many of them may not have said `Stream.started()` yet: bounds
-            those who connect and do not log in.
-        exhausted: What `streams()` and `serve()` do without descriptors. ``"pause"``:
-            wait for one. ``"shed_oldest_deferred"``: expire the oldest deferred connection.
-        stream_factory: Called with each new `Stream`; its result is what `accept()`
-            returns.
-        conditional_accept: Ask the condition before the handshake. Not available yet.
-
-    Raises:
-        OSError: The address cannot be resolved, bound or listened on, or an option cannot
-            be set; the message says which. Nothing is left open.
-        TypeError, ValueError: An argument is not what it should be, which the message says.
-
-    Source: getaddrinfo(3), bind(2), listen(2), tcp(7), unix(7).
-    """
-    checked = check_options(options)
-    _check_timeout("reject_timeout", reject_timeout)
-    _check_limits(
-        max_pending, max_deciding, defer_timeout, on_full, on_eof=on_eof, exhausted=exhausted
-    )
-    as_limit("max_streams", max_streams)
-    as_limit("max_starting", max_starting)
-    hosts = _check_address(host, port, path)
-    for name, number, most in (
-        ("backlog", backlog, INT_MAX),
-        ("defer_accept", defer_accept, INT_MAX),
-        ("mode", mode, 0o7777),
-    ):
-        _check_number(name, number, most)
-    if conditional_accept:
-        message = "conditional_accept needs a gate before the handshake, which is not there yet"
-        raise NotImplementedError(message)
-    loop = asyncio.get_running_loop()
-    inode = lingers = None
-    if path is not None:
-        _check_unix(host, port, family, reuse_port=reuse_port, defer_accept=defer_accept)
-        sock, inode = open_unix(path, mode=mode, backlog=backlog, options=checked)
-        sockets = [sock]
-    else:
-        if port is None:
-            message = "listen() needs a port, or path= for a Unix socket"
-            raise ValueError(message)
-        if mode is not None:
-            message = "mode is for the file of a Unix socket: give path="
-            raise ValueError(message)
-        sockets, lingers = await open_tcp(
-            loop,
-            hosts,
-            port,
-            family=family,
-            backlog=backlog,
-            options=checked,
-            reuse_port=reuse_port,
-            defer_accept=defer_accept,
-        )
-    try:
-        listener: Listener[Any] = Listener(
-            lambda loop, watch: HandshakeGate(
-                loop, watch, sockets, reject_timeout=reject_timeout, lingers=lingers
-            ),
-            stream_factory=stream_factory,
-            max_pending=max_pending,
-            on_full=on_full,
-            max_deciding=max_deciding,
-            defer_timeout=defer_timeout,
-            on_eof=on_eof,
-            max_streams=max_streams,
-            max_starting=max_starting,
-            exhausted=exhausted,
-        )
-    except BaseException:
-        for sock in sockets:
-            sock.close()
-        if path is not None and inode is not None:
-            unlink(os.fspath(path), inode)
-        raise
-    if path is not None and inode is not None:
-        listener._file = absolute(path), inode
-    return listener
-
-
 def _call_soon(
     loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *args: Any
 ) -> None:
@@ -933,88 +738,3 @@ def _call_soon(
 
 def _report(loop: asyncio.AbstractEventLoop, message: str, error: BaseException) -> None:
     loop.call_exception_handler({"message": message, "exception": error})
-
-
-def _check_address(host: object, port: object, path: object) -> list[str | None]:
-    hosts = [host] if host is None or isinstance(host, str) else host
-    if isinstance(hosts, bytes) or not isinstance(hosts, Iterable):
-        message = f"host is a name, an address, a sequence of them or None; got {host!r}"
-        raise TypeError(message)
-    hosts = list(hosts)
-    for each in hosts:
-        if each is not None and not isinstance(each, str):
-            message = f"host is a name, an address, a sequence of them or None; got {host!r}"
-            raise TypeError(message)
-    if port is not None and not isinstance(port, str):
-        # getaddrinfo(3) would take the number modulo 65536.
-        _check_number("port", port, 65535)
-    if path is not None and not isinstance(path, (str, bytes, os.PathLike)):
-        message = f"path is the name of a Unix socket, got {path!r}"
-        raise TypeError(message)
-    return hosts
-
-
-def _check_number(name: str, value: object, most: int) -> None:
-    if value is None and name != "backlog":
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        message = f"{name} is an integer, got {value!r}"
-        raise TypeError(message)
-    if not 0 <= value <= most:
-        message = f"{name} is between 0 and {most}, got {value!r}"
-        raise ValueError(message)
-
-
-def _check_unix(
-    host: Host, port: int | str | None, family: int, *, reuse_port: bool, defer_accept: int | None
-) -> None:
-    if host is not None or port is not None:
-        message = "path is instead of host and port: give one or the other"
-        raise ValueError(message)
-    if family not in (socket.AF_UNSPEC, socket.AF_UNIX):
-        message = f"path is the name of a Unix socket, whose family is not {family!r}"
-        raise ValueError(message)
-    if reuse_port or defer_accept is not None:
-        message = "reuse_port and defer_accept are for TCP: a Unix socket has neither"
-        raise ValueError(message)
-
-
-def _check_timeout(name: str, value: float | None) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        message = f"{name} is a number of seconds, or None for no limit; got {value!r}"
-        raise TypeError(message)
-    if not value >= 0:
-        message = f"{name} cannot be negative, got {value!r}"
-        raise ValueError(message)
-
-
-def _check_limits(
-    max_pending: int | None,
-    max_deciding: int,
-    defer_timeout: float | None,
-    on_full: OnFull | None,
-    *,
-    on_eof: OnEof,
-    exhausted: OnExhausted,
-) -> None:
-    _check_timeout("defer_timeout", defer_timeout)
-    for name, limit in (("max_pending", max_pending), ("max_deciding", max_deciding)):
-        if limit is None and name == "max_pending":
-            continue
-        if isinstance(limit, bool) or not isinstance(limit, int):
-            message = f"{name} is a number of connections, got {limit!r}"
-            raise TypeError(message)
-        if limit < 1:
-            message = f"{name} is at least 1, or nothing could ever be decided; got {limit!r}"
-            raise ValueError(message)
-    if on_full not in (None, "wait", "expire_oldest"):
-        message = f"on_full is 'wait' or 'expire_oldest', got {on_full!r}"
-        raise ValueError(message)
-    if on_eof not in ("keep", "withdraw"):
-        message = f"on_eof is 'keep' or 'withdraw', got {on_eof!r}"
-        raise ValueError(message)
-    if exhausted not in ("pause", "shed_oldest_deferred"):
-        message = f"exhausted is 'pause' or 'shed_oldest_deferred', got {exhausted!r}"
-        raise ValueError(message)
