@@ -668,7 +668,7 @@ async def test_reconsider_is_bounded(memory: Memory, monkeypatch: pytest.MonkeyP
 async def test_a_timer_that_fires_early(memory: Memory) -> None:
     """What a timer was set for is due when it fires, be that a little before its time."""
     listener, gate = memory
-    script = Script(Defer(after=60), REJECT)
+    script = Script(Defer(after=10), REJECT)
     serve = await serving(listener, script)
     client = gate.dial()
     await script.asked(1)
