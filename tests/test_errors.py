@@ -1383,9 +1383,14 @@ async def test_a_timeout_of_the_caller_is_a_cancellation(
 
 
 async def test_no_storm_without_descriptors(
-    listener: Listener[Stream], dial: Dial, exhaust: Callable[[], None]
+    listener: Listener[Stream],
+    dial: Dial,
+    exhaust: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without descriptors nothing is due for a moment: neither PENDING nor a retry loop spins."""
+    monkeypatch.setattr("condaccept._accepting.REST", 3600.0)
+    accepting = listener._accepting
     told: list[Event] = []
 
     def callback(_source: object, event: Event, _error: OSError | None) -> None:
@@ -1398,14 +1403,17 @@ async def test_no_storm_without_descriptors(
     exhaust()
     subscription = listener.on(Event.PENDING, callback)
     await until(lambda: told)
-    for _ in range(200):
-        await asyncio.sleep(0)
-    assert len(told) <= 2
     waiting = asyncio.ensure_future(listener.wait_pending())
-    for _ in range(200):
-        await asyncio.sleep(0)
-    assert len(told) <= 3
+    await turns(200)
+    assert len(told) == 1
+    assert not waiting.done()
+
+    assert accepting._resting is not None
+    accepting._resting.cancel()
+    accepting._rested()
     await waiting  # the next look
+    await turns(200)
+    assert len(told) == 2
     subscription.cancel()
 
 
