@@ -49,7 +49,19 @@ from condaccept import (
     listen,
 )
 from condaccept.testing import ScriptedSocket, memory_listener
-from tests.support import LIMIT, Dial, accept, defer, queued, reject, reset, until, wire, wire_end
+from tests.support import (
+    LIMIT,
+    Dial,
+    accept,
+    defer,
+    queued,
+    reject,
+    reset,
+    turns,
+    until,
+    wire,
+    wire_end,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
