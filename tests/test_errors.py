@@ -1412,6 +1412,7 @@ async def test_no_storm_without_descriptors(
 
     dial(listener)
     await queued(listener, 1)
+    await turns()  # the loop is told that somebody came, once
     exhaust()
     subscription = listener.on(Event.PENDING, callback)
     await until(lambda: told)
