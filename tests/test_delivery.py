@@ -12,10 +12,21 @@ import pytest
 
 from condaccept import DEFER, Event, EventRecord, Listener, ListenerClosedError, Stream, listen
 from condaccept._delivery import _AT_WORK
-from tests.support import Condition, Dial, accept, caught_up, queued, reject, reset, turns, until
+from tests.support import (
+    Condition,
+    Dial,
+    accept,
+    caught_up,
+    queued,
+    reject,
+    reset,
+    turns,
+    until,
+    wire,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Callable
 
 Pair: TypeAlias = tuple[Stream, socket.socket]
 Told: TypeAlias = list[tuple[Any, Event, OSError | None]]
@@ -677,6 +688,35 @@ async def test_ending_by_this_side_is_no_event(pair: Pair, how: str) -> None:
     await caught_up()
     await turns()
     assert log.told == []
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_no_events_while_this_side_is_closing(
+    either: Listener[Stream], dial: Dial, *, late: bool
+) -> None:
+    """While a close sends what is unsent, nothing that the peer does is an event."""
+    record = either.watch(ABOUT_STREAMS)
+    client = dial(either)
+    stream = await either.accept()
+    await turns()
+    record.read()
+    log = Log()
+    if not late:
+        stream.on(Event.READ | Event.CLOSE, log)
+    stream.write(bytes(8_000_000))
+    stream.close()
+    if late:
+        stream.on(ABOUT_STREAMS, log)
+    client.sendall(b"x")
+    await caught_up()
+    client.shutdown(socket.SHUT_WR)
+    await caught_up()
+    reset(client)
+    with pytest.raises(BrokenPipeError):
+        await stream.wait_closed()
+    await turns()
+    assert log.told == []
+    assert record.read() == []
 
 
 async def test_subscriptions_that_are_all_cancelled_hold_nothing(

@@ -315,8 +315,8 @@ class Channel:
         self._delivery.post(subscription, self, event, error)
 
     def _still_tells(self, event: Event) -> bool:
-        # Of a stream that is gone by now, only that it ended is still true.
-        return event is Event.CLOSE or self._sock.fileno() >= 0
+        # Of a stream that this side has closed by now, only that it ended is still true.
+        return event is Event.CLOSE or not self._closing
 
     # -- the socket
 
@@ -364,7 +364,8 @@ class Channel:
             self._wake_reader()
         if self._blocked and events & (WRITE | HANGUP):
             self._flush()
-        if self._signals is not None and self._registered:
+        # Closing by this side is no event, nor is what comes while that is under way.
+        if self._signals is not None and self._registered and not self._closing:
             self._signal(self._signals, events)
             self._let_go()
 

@@ -728,7 +728,7 @@ class Stream(Channel):
         signals = self._signals
         told = [each for each in EVENTS if not signals.armed(each)]
         subscription = signals.add(events, callback)
-        if self._sock.fileno() < 0:
+        if self._closing:
             if self._ended and subscription.wants(Event.CLOSE):
                 self._deliver(subscription, Event.CLOSE, self._failure())
             return subscription
