@@ -719,6 +719,56 @@ async def test_no_events_while_this_side_is_closing(
     assert record.read() == []
 
 
+@pytest.mark.parametrize("how", ["on", "watch"])
+async def test_a_cancelled_subscription_keeps_nothing(
+    listener: Listener[Stream], dial: Dial, how: str
+) -> None:
+    """A stream that nobody has but a subscription ends when that is cancelled."""
+    record = listener.watch(Event.READ)
+    client = dial(listener)
+    stream = await listener.accept()
+    subscription = stream.on(Event.READ, Log())
+    if how == "on":
+        record.cancel()
+    forgotten = weakref.ref(stream)
+    del stream
+    await caught_up()
+    gc.collect()
+    assert forgotten() is not None
+    if how == "watch":
+        subscription.cancel()
+    gc.collect()
+    assert forgotten() is not None
+    last = record if how == "watch" else subscription
+    with pytest.warns(ResourceWarning, match="unclosed"):
+        last.cancel()
+    assert forgotten() is None
+    await until(lambda: wire(client) == "eof")
+
+
+async def test_a_subscription_that_cannot_be_made(
+    dial: Dial, exhaust: Callable[[], Callable[[], None]]
+) -> None:
+    """on() raises where no descriptor is free for the watch, and leaves the stream as it was."""
+    async with await listen("127.0.0.1", 0) as listener:
+        client = dial(listener)
+        stream = await listener.accept()
+    await listener.wait_closed()
+    log = Log()
+    give_back = exhaust()
+    with pytest.raises(OSError, match="Too many open files"):
+        stream.on(Event.READ, log)
+    assert stream not in stream._watch.needed
+    give_back()
+    client.sendall(b"x")
+    other = Log()
+    stream.on(Event.READ, other)
+    await other.count(1)
+    assert await stream.read(1) == b"x"
+    assert log.told == []
+    stream.close()
+
+
 async def test_subscriptions_that_are_all_cancelled_hold_nothing(
     listener: Listener[Stream], dial: Dial
 ) -> None:

@@ -125,6 +125,9 @@ class Channel:
             mine = [each for each in inherited if any(map(each.wants, EVENTS))]
             if mine:
                 self._signals = Signals(mine)
+                for each in mine:
+                    if each.at_once:  # the others are copies, which nobody can cancel
+                        each.keep(self)
                 self._subscribe(self._signals)
 
     def __repr__(self) -> str:

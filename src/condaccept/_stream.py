@@ -722,6 +722,8 @@ class Stream(Channel):
 
         Raises:
             TypeError: *events* is none, or *callback* cannot be called.
+            OSError: The listener is closed and no descriptor is free for an epoll set, or
+                the kernel's room for watches is used up; nothing has changed.
         """
         if self._signals is None:
             self._signals = Signals()
@@ -732,7 +734,12 @@ class Stream(Channel):
             if self._ended and subscription.wants(Event.CLOSE):
                 self._deliver(subscription, Event.CLOSE, self._failure())
             return subscription
-        self._subscribe(signals)
+        subscription.keep(self)
+        try:
+            self._subscribe(signals)
+        except OSError:
+            subscription.cancel()
+            raise
         for event in told:
             # Told to the others before; to this one if it is still so.
             if subscription.wants(event) and self._is_so(event):
