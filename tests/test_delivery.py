@@ -769,6 +769,32 @@ async def test_a_subscription_that_cannot_be_made(
     stream.close()
 
 
+@pytest.mark.parametrize("late", [False, True])
+async def test_subscribers_keep_no_stream_that_has_ended(
+    either: Listener[Stream], dial: Dial, *, late: bool
+) -> None:
+    """A stream that nobody has ends when its subscribers have been told of its end."""
+    log = Log()
+    client = dial(either)
+    stream = await either.accept()
+    if not late:
+        stream.on(ABOUT_STREAMS, log)
+    client.close()
+    assert await stream.read() == b""
+    if late:
+        stream.on(ABOUT_STREAMS, log)
+    await until(lambda: Event.CLOSE in log.events)
+    log.told.clear()
+    streams = [stream]
+    forgotten = weakref.ref(stream)
+    del stream
+    await turns()
+    with pytest.warns(ResourceWarning, match="unclosed"):
+        streams.clear()
+    assert forgotten() is None
+    await until(lambda: not either.statistics().streams)
+
+
 async def test_subscriptions_that_are_all_cancelled_hold_nothing(
     listener: Listener[Stream], dial: Dial
 ) -> None:

@@ -219,9 +219,10 @@ class Channel:
 
     def _subscribe(self, signals: Signals) -> None:
         """Tell new subscribers what is so, and have them told of what comes."""
-        self._watch.needed.add(self)
         if self._ended:
             self._fire(signals, Event.CLOSE, self._failure())
+        else:
+            self._watch.needed.add(self)
         if signals.wanted(Event.WRITE) and self._is_so(Event.WRITE):
             self._fire(signals, Event.WRITE)
         if self._inbox and not self._reading:
@@ -309,6 +310,7 @@ class Channel:
         self._ended = True
         if self._signals is not None:
             self._fire(self._signals, Event.CLOSE, self._failure())
+            self._let_go()
 
     def _fire(self, signals: Signals, event: Event, error: OSError | None = None) -> None:
         for subscription in signals.fire(event):
@@ -493,7 +495,8 @@ class Channel:
             self._reader is not None
             or self._waiters
             or self._blocked
-            or (self._signals is not None and self._signals.heard())
+            # After the end there is nothing more to tell.
+            or (self._signals is not None and not self._ended and self._signals.heard())
         ):
             self._watch.needed.discard(self)
 
