@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 import socket
 import weakref
@@ -688,6 +689,43 @@ async def test_ending_by_this_side_is_no_event(pair: Pair, how: str) -> None:
     await caught_up()
     await turns()
     assert log.told == []
+
+
+async def test_the_context_of_a_callback(listener: Listener[Stream], dial: Dial) -> None:
+    """A callback runs in the context of who subscribed it, not of who caused the event."""
+    name = contextvars.ContextVar("name", default="nobody")
+    told: list[tuple[str, Event, str]] = []
+
+    def under(whose: str) -> Callable[[Any, Event, OSError | None], object]:
+        return lambda _, event, __: told.append((whose, event, name.get()))
+
+    async def later(_source: Any, event: Event, _error: OSError | None) -> None:
+        await asyncio.sleep(0)
+        told.append(("task", event, name.get()))
+
+    name.set("listener")
+    listener.on(Event.READ | Event.CLOSE, under("listener"))
+    client = dial(listener)
+    name.set("acceptor")
+    stream = await listener.accept()
+    name.set("task")
+    stream.on(Event.READ | Event.CLOSE, later)
+    name.set("stream")
+    stream.on(Event.WRITE | Event.READ | Event.CLOSE, under("stream"))
+    name.set("reader")
+    client.sendall(b"x")
+    await grown(told, 4)
+    assert await stream.read(1) == b"x"
+    client.close()
+    assert await stream.read(1) == b""
+    await until(lambda: sum(event is Event.CLOSE for _, event, __ in told) == 3)
+    assert all(whose == seen for whose, _, seen in told)
+    assert {(whose, event) for whose, event, _ in told} == {
+        *((each, Event.READ) for each in ("listener", "task", "stream")),
+        *((each, Event.CLOSE) for each in ("listener", "task", "stream")),
+        ("stream", Event.WRITE),
+    }
+    stream.close()
 
 
 @pytest.mark.parametrize("late", [False, True])

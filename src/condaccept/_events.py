@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import enum
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeAlias
@@ -90,7 +91,7 @@ class Kept(Protocol):
 class Subscription:
     """One callback and the events it is for; `cancel()` ends it."""
 
-    __slots__ = ("_events", "_keeps", "callback", "cancelled")
+    __slots__ = ("_events", "_keeps", "callback", "cancelled", "context")
 
     at_once: ClassVar[bool] = False
     """Whether the callback only notes the event, and is called where the event happens."""
@@ -99,6 +100,7 @@ class Subscription:
         self._events = events.value
         self.callback = callback
         self.cancelled = False
+        self.context = contextvars.copy_context()
         self._keeps: WeakSet[Kept] | None = None
 
     def keep(self, source: Kept) -> None:
@@ -129,7 +131,9 @@ class Subscription:
 
     def copy(self) -> Subscription:
         """Return what a new stream inherits."""
-        return Subscription(Event(self._events), self.callback)
+        twin = Subscription(Event(self._events), self.callback)
+        twin.context = self.context
+        return twin
 
 
 class SharedSubscription(Subscription):

@@ -709,7 +709,7 @@ class Stream(Channel):
         failure. What it returns is awaited if it can be, in a task: during one for the
         same subscription and event, a further event is kept, once, until that has ended.
         A callback that raises is reported to the loop's exception handler, and called for
-        later events all the same.
+        later events all the same. It runs in a copy of the context of this call.
 
         An event says how things stood: somebody may have acted on it since. READ is told
         again after a read, WRITE after a send that the kernel had no room for, OOB after
