@@ -22,6 +22,7 @@ from condaccept._transports import (
     Attachment,
     attach,
     check_tls,
+    checked,
     streams_protocol,
 )
 
@@ -521,7 +522,8 @@ class Stream(Channel):
             ssl.SSLError, ConnectionError, TimeoutError: The TLS handshake failed; the
                 connection is closed.
             TypeError, ValueError: An argument is not what it should be.
-            Exception: Whatever *protocol_factory* raised; the stream is as it was. Or
+            Exception: Whatever *protocol_factory* raised, or TypeError if what it returned
+                is no protocol; the stream is as it was. Or
                 whatever ``connection_made()`` raised; the connection is closed.
 
         Cancellation:
@@ -531,7 +533,7 @@ class Stream(Channel):
         Source: `loop.connect_accepted_socket()`.
         """
         tls = check_tls(ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
-        protocol, data = await self._prepared(protocol_factory, tls)
+        protocol, data = await self._prepared(lambda: checked(protocol_factory()), tls)
         return await self._attach(protocol, data, tls), protocol
 
     async def into_streams(

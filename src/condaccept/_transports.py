@@ -10,7 +10,7 @@ import asyncio
 import errno
 import socket
 import ssl
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 if TYPE_CHECKING:
     from condaccept._sockets import HandedSocket
@@ -21,8 +21,11 @@ __all__ = (
     "TlsOptions",
     "attach",
     "check_tls",
+    "checked",
     "streams_protocol",
 )
+
+P = TypeVar("P")
 
 READER_LIMIT: Final = 64 * 1024
 """The limit of a StreamReader: asyncio's own."""
@@ -61,6 +64,17 @@ def check_tls(
             message = f"{name} is more than 0 seconds, got {timeout!r}"
             raise ValueError(message)
     return {"ssl": context, **options}
+
+
+def checked(protocol: P) -> P:
+    """Refuse what is no protocol while the stream still has the connection.
+
+    uvloop would keep it for ever, and say nothing to who asked for it.
+    """
+    if not callable(getattr(protocol, "connection_made", None)):
+        message = f"protocol_factory returned {protocol!r}, which is no protocol"
+        raise TypeError(message)
+    return protocol
 
 
 class Attachment:
