@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import select
 import socket
+import sys
 from asyncio.trsock import TransportSocket
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
@@ -43,6 +44,16 @@ HIGH: Final = 64 * 1024
 """Unsent bytes above which `drain()` waits: asyncio's own mark."""
 LINE: Final = 64 * 1024
 """Bytes before a separator: asyncio's own limit."""
+
+
+def checked_limit(limit: int | None) -> int:
+    """Return how many bytes may come before a separator; ``None``: as many as there can be."""
+    if limit is None:
+        return sys.maxsize
+    if limit < 0:
+        message = f"limit is a number of bytes or None, got {limit!r}"
+        raise ValueError(message)
+    return limit
 
 
 class Stream(Channel):
@@ -125,12 +136,12 @@ class Stream(Channel):
             raise ValueError(message)
         return await self._exclusively(self._exactly(n))
 
-    async def readuntil(self, separator: bytes = b"\n", *, limit: int = LINE) -> bytes:
+    async def readuntil(self, separator: bytes = b"\n", *, limit: int | None = LINE) -> bytes:
         """Return everything up to and including *separator*.
 
         Args:
             separator: Bytes, at least one.
-            limit: How many bytes may come before the separator.
+            limit: How many bytes may come before the separator; ``None``: any number.
 
         Raises:
             asyncio.IncompleteReadError: The stream ended before; `partial` has what there
@@ -138,7 +149,7 @@ class Stream(Channel):
             asyncio.LimitOverrunError: More than *limit* bytes come before the separator;
                 they stay to be read, and `consumed` says how many of them cannot be part
                 of a separator.
-            ValueError: *separator* is empty.
+            ValueError: *separator* is empty, or *limit* negative.
             RuntimeError, OSError: As `read()`.
 
         Cancellation:
@@ -150,20 +161,21 @@ class Stream(Channel):
         if not separator:
             message = "the separator is at least one byte"
             raise ValueError(message)
-        return await self._exclusively(self._until(bytes(separator), limit))
+        return await self._exclusively(self._until(bytes(separator), checked_limit(limit)))
 
-    async def readline(self, *, limit: int = LINE) -> bytes:
+    async def readline(self, *, limit: int | None = LINE) -> bytes:
         """Return a line with its newline; what is left at the end of the stream, or ``b""``.
 
         Raises:
             ValueError: The line is longer than *limit*. As with asyncio's streams, what
-                was looked at is dropped, with the newline if that was found.
+                was looked at is dropped, with the newline if that was found. Or *limit* is
+                negative; ``None`` is no limit.
             RuntimeError, OSError: As `read()`.
 
         Cancellation:
             Safe: what has come stays to be read.
         """
-        return await self._exclusively(self._line(limit))
+        return await self._exclusively(self._line(checked_limit(limit)))
 
     def read_oob(self) -> bytes:
         """Return the urgent byte that has come, or ``b""`` if none is unread; never waits.
