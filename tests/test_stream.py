@@ -1144,6 +1144,8 @@ async def test_extra_info(pair: Pair) -> None:
     stream.close()
     assert stream.get_extra_info("peername") == client.getsockname()
     assert stream.get_extra_info("sockname", "gone") == "gone"
+    with pytest.raises(ConnectionAbortedError, match="closed by this side"):
+        _ = stream.callee_id
 
 
 async def test_socket_of_a_stream_and_of_a_pending_connection(

@@ -453,6 +453,9 @@ class Channel:
             fresh = OSError(broken.errno, broken.strerror)
             fresh.__cause__ = broken
             return fresh
+        return self._gone()
+
+    def _gone(self) -> ConnectionAbortedError:
         if self._attachment is not None:
             reason = "the stream was handed over to a transport of the loop"
             return ConnectionAbortedError(errno.ECONNABORTED, reason)

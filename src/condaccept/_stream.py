@@ -702,7 +702,13 @@ class Stream(Channel):
 
     @property
     def callee_id(self) -> Address:
-        """The local address of this connection."""
+        """The local address of this connection.
+
+        Raises:
+            ConnectionAbortedError: The stream is closed by now, or was handed over.
+        """
+        if self._sock.fileno() < 0:
+            raise self._gone()
         return self._sock.getsockname()
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
