@@ -1408,7 +1408,7 @@ async def test_listener_aborted_meanwhile(
         await asyncio.sleep(0)
     line.listener.abort()
     if tls:
-        with pytest.raises(ConnectionError):
+        with pytest.raises(ConnectionAbortedError, match="aborted"):
             await task
         assert await line.over() == ["release"]
     else:

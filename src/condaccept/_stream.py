@@ -529,8 +529,9 @@ class Stream(Channel):
         Raises:
             RuntimeError: Another task is reading this stream; or `write_eof()` was called;
                 or *ssl* is given and bytes were received. The stream is as it was.
-            ConnectionAbortedError: The stream was closed by this side, or handed over.
-            OSError: The connection failed, or was aborted with the listener.
+            ConnectionAbortedError: The stream was closed by this side, or handed over; or
+                the connection was ended meanwhile with the listener or the group.
+            OSError: The connection failed.
             ssl.SSLError, ConnectionError, TimeoutError: The TLS handshake failed; the
                 connection is closed.
             TypeError, ValueError: An argument is not what it should be.

@@ -135,11 +135,21 @@ async def attach(
         raise
     finally:
         attachment.attaching = None
+    if attachment.aborted and (error := attaching.exception()) is not None:
+        # TLS has seen an end that was none of the caller's making.
+        raise aborted() from error
     # What comes back as the protocol is not used: uvloop's is its own when there is TLS.
     transport: asyncio.Transport = attaching.result()[0]
     if relay.refused is not None:
         raise relay.refused
     return transport
+
+
+def aborted() -> ConnectionAbortedError:
+    """Return what a hand-over raises that this side has ended."""
+    return ConnectionAbortedError(
+        errno.ECONNABORTED, "the connection was aborted while it was handed over"
+    )
 
 
 def disregard(attaching: asyncio.Task[Any]) -> None:
@@ -168,9 +178,7 @@ class Relay(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._attachment.transport = self._transport = transport
         if self._attachment.aborted:
-            self.refused = ConnectionAbortedError(
-                errno.ECONNABORTED, "the connection was aborted while it was handed over"
-            )
+            self.refused = aborted()
             self._transport.set_protocol(asyncio.Protocol())  # one that need not know
             self._transport.abort()
             return
