@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 import socket
 import weakref
@@ -12,10 +13,21 @@ import pytest
 
 from condaccept import DEFER, Event, EventRecord, Listener, ListenerClosedError, Stream, listen
 from condaccept._delivery import _AT_WORK
-from tests.support import Condition, Dial, accept, caught_up, queued, reject, reset, turns, until
+from tests.support import (
+    Condition,
+    Dial,
+    accept,
+    caught_up,
+    queued,
+    reject,
+    reset,
+    turns,
+    until,
+    wire,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Callable
 
 Pair: TypeAlias = tuple[Stream, socket.socket]
 Told: TypeAlias = list[tuple[Any, Event, OSError | None]]
@@ -677,6 +689,148 @@ async def test_ending_by_this_side_is_no_event(pair: Pair, how: str) -> None:
     await caught_up()
     await turns()
     assert log.told == []
+
+
+async def test_the_context_of_a_callback(listener: Listener[Stream], dial: Dial) -> None:
+    """A callback runs in the context of who subscribed it, not of who caused the event."""
+    name = contextvars.ContextVar("name", default="nobody")
+    told: list[tuple[str, Event, str]] = []
+
+    def under(whose: str) -> Callable[[Any, Event, OSError | None], object]:
+        return lambda _, event, __: told.append((whose, event, name.get()))
+
+    async def later(_source: Any, event: Event, _error: OSError | None) -> None:
+        await asyncio.sleep(0)
+        told.append(("task", event, name.get()))
+
+    name.set("listener")
+    listener.on(Event.READ | Event.CLOSE, under("listener"))
+    client = dial(listener)
+    name.set("acceptor")
+    stream = await listener.accept()
+    name.set("task")
+    stream.on(Event.READ | Event.CLOSE, later)
+    name.set("stream")
+    stream.on(Event.WRITE | Event.READ | Event.CLOSE, under("stream"))
+    name.set("reader")
+    client.sendall(b"x")
+    await grown(told, 4)
+    assert await stream.read(1) == b"x"
+    client.close()
+    assert await stream.read(1) == b""
+    await until(lambda: sum(event is Event.CLOSE for _, event, __ in told) == 3)
+    assert all(whose == seen for whose, _, seen in told)
+    assert {(whose, event) for whose, event, _ in told} == {
+        *((each, Event.READ) for each in ("listener", "task", "stream")),
+        *((each, Event.CLOSE) for each in ("listener", "task", "stream")),
+        ("stream", Event.WRITE),
+    }
+    stream.close()
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_no_events_while_this_side_is_closing(
+    either: Listener[Stream], dial: Dial, *, late: bool
+) -> None:
+    """While a close sends what is unsent, nothing that the peer does is an event."""
+    record = either.watch(ABOUT_STREAMS)
+    client = dial(either)
+    stream = await either.accept()
+    await turns()
+    record.read()
+    log = Log()
+    if not late:
+        stream.on(Event.READ | Event.CLOSE, log)
+    stream.write(bytes(8_000_000))
+    stream.close()
+    if late:
+        stream.on(ABOUT_STREAMS, log)
+    client.sendall(b"x")
+    await caught_up()
+    client.shutdown(socket.SHUT_WR)
+    await caught_up()
+    reset(client)
+    with pytest.raises(BrokenPipeError):
+        await stream.wait_closed()
+    await turns()
+    assert log.told == []
+    assert record.read() == []
+
+
+@pytest.mark.parametrize("how", ["on", "watch"])
+async def test_a_cancelled_subscription_keeps_nothing(
+    listener: Listener[Stream], dial: Dial, how: str
+) -> None:
+    """A stream that nobody has but a subscription ends when that is cancelled."""
+    record = listener.watch(Event.READ)
+    client = dial(listener)
+    stream = await listener.accept()
+    subscription = stream.on(Event.READ, Log())
+    if how == "on":
+        record.cancel()
+    forgotten = weakref.ref(stream)
+    del stream
+    await caught_up()
+    gc.collect()
+    assert forgotten() is not None
+    if how == "watch":
+        subscription.cancel()
+    gc.collect()
+    assert forgotten() is not None
+    last = record if how == "watch" else subscription
+    with pytest.warns(ResourceWarning, match="unclosed"):
+        last.cancel()
+    assert forgotten() is None
+    await until(lambda: wire(client) == "eof")
+
+
+async def test_a_subscription_that_cannot_be_made(
+    dial: Dial, exhaust: Callable[[], Callable[[], None]]
+) -> None:
+    """on() raises where no descriptor is free for the watch, and leaves the stream as it was."""
+    async with await listen("127.0.0.1", 0) as listener:
+        client = dial(listener)
+        stream = await listener.accept()
+    await listener.wait_closed()
+    log = Log()
+    give_back = exhaust()
+    with pytest.raises(OSError, match="Too many open files"):
+        stream.on(Event.READ, log)
+    assert stream not in stream._watch.needed
+    give_back()
+    client.sendall(b"x")
+    other = Log()
+    stream.on(Event.READ, other)
+    await other.count(1)
+    assert await stream.read(1) == b"x"
+    assert log.told == []
+    stream.close()
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_subscribers_keep_no_stream_that_has_ended(
+    either: Listener[Stream], dial: Dial, *, late: bool
+) -> None:
+    """A stream that nobody has ends when its subscribers have been told of its end."""
+    log = Log()
+    client = dial(either)
+    stream = await either.accept()
+    if not late:
+        stream.on(ABOUT_STREAMS, log)
+    client.close()
+    assert await stream.read() == b""
+    if late:
+        stream.on(ABOUT_STREAMS, log)
+    await until(lambda: Event.CLOSE in log.events)
+    log.told.clear()
+    streams = [stream]
+    forgotten = weakref.ref(stream)
+    del stream
+    await turns()
+    with pytest.warns(ResourceWarning, match="unclosed"):
+        streams.clear()
+    assert forgotten() is None
+    await until(lambda: not either.statistics().streams)
 
 
 async def test_subscriptions_that_are_all_cancelled_hold_nothing(

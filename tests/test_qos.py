@@ -201,7 +201,7 @@ def test_qos() -> None:
     assert (qos.sending, qos.receiving) == (None, FlowSpec())
     qos.sending = FlowSpec(5)
     qos.sending = None
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"^sending is a FlowSpec or None, got 5$"):
         qos.sending = 5  # type: ignore[assignment]
     with pytest.raises(attrs.exceptions.FrozenAttributeError):
         qos.receiving = FlowSpec(5)

@@ -254,6 +254,21 @@ async def test_long_line_beside_asyncio(pair: Pair, data: bytes, left: bytes) ->
     assert await beside.both("read", -1) == ("returned", left)
 
 
+@pytest.mark.parametrize("name", ["readuntil", "readline"])
+async def test_no_limit(pair: Pair, name: str) -> None:
+    """None is no limit, a negative one is an error, and anything else at once, too."""
+    stream, client = pair
+    call = getattr(stream, name)
+    with pytest.raises(ValueError, match=r"^limit is a number of bytes or None, got -1$"):
+        await call(limit=-1)
+    with pytest.raises(TypeError):
+        await call(limit="much")
+    line = bytes(LINE + 1) + b"\n"
+    sending = asyncio.ensure_future(asyncio.to_thread(client.sendall, line))
+    assert await call(limit=None) == line
+    await sending
+
+
 async def test_lines(pair: Pair) -> None:
     """``async for`` gives every line with its newline, and the last one without."""
     stream, client = pair

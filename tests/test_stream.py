@@ -1144,6 +1144,33 @@ async def test_extra_info(pair: Pair) -> None:
     stream.close()
     assert stream.get_extra_info("peername") == client.getsockname()
     assert stream.get_extra_info("sockname", "gone") == "gone"
+    with pytest.raises(ConnectionAbortedError, match="closed by this side"):
+        _ = stream.callee_id
+
+
+async def test_socket_of_a_stream_and_of_a_pending_connection(
+    listener: Listener[Stream], dial: Dial
+) -> None:
+    """The socket of get_extra_info() can be duplicated, as that of asyncio's transports."""
+    found: list[socket.socket] = []
+
+    def look(pending: PendingTransport) -> AnyVerdict:
+        found.append(pending.get_extra_info("socket").dup())
+        return ACCEPT
+
+    client = dial(listener, data=b"x")
+    stream = await listener.accept(look)
+    sock = stream.get_extra_info("socket")
+    assert not sock.get_inheritable()
+    found.append(sock.dup())
+    for twin in found:
+        with twin:
+            assert type(twin) is socket.socket
+            assert twin.gettimeout() == 0
+            assert twin.getpeername() == client.getsockname()
+    assert await stream.read(1) == b"x"
+    stream.close()
+    assert wire(client) == "eof"
 
 
 async def test_peername_after_an_early_reset(listener: Listener[Stream], dial: Dial) -> None:

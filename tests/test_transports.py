@@ -804,6 +804,18 @@ async def test_factory_raises(line: Line) -> None:
     assert await wire_end(line.client) == b"answer"
 
 
+@pytest.mark.parametrize("unread", [b"", b"unread"])
+async def test_factory_of_no_protocol(line: Line, unread: bytes) -> None:
+    """A factory that returns no protocol is an error, and the stream is as it was."""
+    await line.leave(unread)
+    with pytest.raises(TypeError, match=r"^protocol_factory returned None, which is no protocol$"):
+        await line.stream.into_transport(lambda: None)  # type: ignore[type-var]
+    assert not line.stream.is_closing()
+    transport, _ = await line.stream.into_transport(line.on)
+    transport.abort()
+    assert (await line.over())[0] == "made"
+
+
 @pytest.mark.parametrize("how", ["close", "abort"])
 async def test_factory_closes(line: Line, how: str) -> None:
     """A factory that closes the stream has its way."""
@@ -1265,7 +1277,7 @@ async def test_stream_afterwards(line: Line) -> None:
         stream.write_eof()
     async with asyncio.timeout(LIMIT):
         await stream.wait_closed()
-    with pytest.raises(OSError, match="descriptor"):
+    with pytest.raises(ConnectionAbortedError, match="handed over"):
         _ = stream.callee_id
     assert stream.get_extra_info("peername") == stream.caller_id == line.client.getsockname()
     assert stream.get_extra_info("sockname") is None
@@ -1396,7 +1408,7 @@ async def test_listener_aborted_meanwhile(
         await asyncio.sleep(0)
     line.listener.abort()
     if tls:
-        with pytest.raises(ConnectionError):
+        with pytest.raises(ConnectionAbortedError, match="aborted"):
             await task
         assert await line.over() == ["release"]
     else:

@@ -125,6 +125,9 @@ class Channel:
             mine = [each for each in inherited if any(map(each.wants, EVENTS))]
             if mine:
                 self._signals = Signals(mine)
+                for each in mine:
+                    if each.at_once:  # the others are copies, which nobody can cancel
+                        each.keep(self)
                 self._subscribe(self._signals)
 
     def __repr__(self) -> str:
@@ -216,9 +219,10 @@ class Channel:
 
     def _subscribe(self, signals: Signals) -> None:
         """Tell new subscribers what is so, and have them told of what comes."""
-        self._watch.needed.add(self)
         if self._ended:
             self._fire(signals, Event.CLOSE, self._failure())
+        else:
+            self._watch.needed.add(self)
         if signals.wanted(Event.WRITE) and self._is_so(Event.WRITE):
             self._fire(signals, Event.WRITE)
         if self._inbox and not self._reading:
@@ -306,6 +310,7 @@ class Channel:
         self._ended = True
         if self._signals is not None:
             self._fire(self._signals, Event.CLOSE, self._failure())
+            self._let_go()
 
     def _fire(self, signals: Signals, event: Event, error: OSError | None = None) -> None:
         for subscription in signals.fire(event):
@@ -315,8 +320,8 @@ class Channel:
         self._delivery.post(subscription, self, event, error)
 
     def _still_tells(self, event: Event) -> bool:
-        # Of a stream that is gone by now, only that it ended is still true.
-        return event is Event.CLOSE or self._sock.fileno() >= 0
+        # Of a stream that this side has closed by now, only that it ended is still true.
+        return event is Event.CLOSE or not self._closing
 
     # -- the socket
 
@@ -364,7 +369,8 @@ class Channel:
             self._wake_reader()
         if self._blocked and events & (WRITE | HANGUP):
             self._flush()
-        if self._signals is not None and self._registered:
+        # Closing by this side is no event, nor is what comes while that is under way.
+        if self._signals is not None and self._registered and not self._closing:
             self._signal(self._signals, events)
             self._let_go()
 
@@ -447,6 +453,9 @@ class Channel:
             fresh = OSError(broken.errno, broken.strerror)
             fresh.__cause__ = broken
             return fresh
+        return self._gone()
+
+    def _gone(self) -> ConnectionAbortedError:
         if self._attachment is not None:
             reason = "the stream was handed over to a transport of the loop"
             return ConnectionAbortedError(errno.ECONNABORTED, reason)
@@ -489,7 +498,8 @@ class Channel:
             self._reader is not None
             or self._waiters
             or self._blocked
-            or (self._signals is not None and self._signals.heard())
+            # After the end there is nothing more to tell.
+            or (self._signals is not None and not self._ended and self._signals.heard())
         ):
             self._watch.needed.discard(self)
 

@@ -58,7 +58,10 @@ class Delivery:
         if subscription.at_once:
             subscription.callback(source, event, error)
         elif not self._loop.is_closed():
-            self._loop.call_soon(self._deliver, subscription, source, event, error)
+            # In the subscriber's context: that of whoever caused the event is no concern of its.
+            self._loop.call_soon(
+                self._deliver, subscription, source, event, error, context=subscription.context
+            )
 
     def _deliver(
         self, subscription: Subscription, source: Source, event: Event, error: OSError | None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextvars
 import enum
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeAlias
+from weakref import WeakSet
 
 import attrs
 
@@ -79,10 +81,17 @@ class Outcome:
         return None if self.status in _VERDICTS else self.status
 
 
+class Kept(Protocol):
+    """A source that lives on while somebody is subscribed, though nobody else has it."""
+
+    def _let_go(self) -> None:
+        """Live on no longer than others want it, if nobody is subscribed any more."""
+
+
 class Subscription:
     """One callback and the events it is for; `cancel()` ends it."""
 
-    __slots__ = ("_events", "callback", "cancelled")
+    __slots__ = ("_events", "_keeps", "callback", "cancelled", "context")
 
     at_once: ClassVar[bool] = False
     """Whether the callback only notes the event, and is called where the event happens."""
@@ -91,6 +100,14 @@ class Subscription:
         self._events = events.value
         self.callback = callback
         self.cancelled = False
+        self.context = contextvars.copy_context()
+        self._keeps: WeakSet[Kept] | None = None
+
+    def keep(self, source: Kept) -> None:
+        """Note a source that has to know when this is cancelled."""
+        if self._keeps is None:
+            self._keeps = WeakSet()
+        self._keeps.add(source)
 
     def cancel(self) -> None:
         """Call the callback no more, not even for an event under way to it.
@@ -99,6 +116,9 @@ class Subscription:
         callback runs in goes on.
         """
         self.cancelled = True
+        kept, self._keeps = self._keeps, None
+        for source in kept or ():
+            source._let_go()
 
     def __repr__(self) -> str:
         gone = " cancelled" if self.cancelled else ""
@@ -111,7 +131,9 @@ class Subscription:
 
     def copy(self) -> Subscription:
         """Return what a new stream inherits."""
-        return Subscription(Event(self._events), self.callback)
+        twin = Subscription(Event(self._events), self.callback)
+        twin.context = self.context
+        return twin
 
 
 class SharedSubscription(Subscription):

@@ -35,7 +35,8 @@ class Statistics:
         rejected: Rejected by a condition, or because it raised.
         reset: Reset by the peer before a verdict.
         expired: Over their deadline, or withdrawn.
-        failed: Accepted, and then ``stream_factory`` raised.
+        failed: Accepted, and then ``stream_factory`` raised, the flow spec could not be
+            applied, or the kernel had no room to watch the stream.
         closed: Undecided when the listener closed.
         pending: Without an outcome now.
         deciding: Of these, on the deque and under decision now.

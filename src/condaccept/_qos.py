@@ -97,15 +97,18 @@ class QOS:
     Source: lpSQOS of WSPAccept.
     """
 
-    sending: FlowSpec | None = attrs.field(
-        default=None,
-        validator=attrs.validators.optional(attrs.validators.instance_of(FlowSpec)),
-    )
+    sending: FlowSpec | None = attrs.field(default=None)
     receiving: FlowSpec = attrs.field(
         factory=FlowSpec,
         validator=attrs.validators.instance_of(FlowSpec),
         on_setattr=attrs.setters.frozen,
     )
+
+    @sending.validator
+    def _check_sending(self, _attribute: attrs.Attribute[Any], value: object) -> None:
+        if value is not None and not isinstance(value, FlowSpec):
+            message = f"sending is a FlowSpec or None, got {value!r}"
+            raise TypeError(message)
 
 
 @attrs.frozen

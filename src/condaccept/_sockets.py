@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from condaccept._pending import Address, Release
 
 __all__ = (
+    "BareSocket",
     "HandedSocket",
     "Option",
     "OwnedSocket",
@@ -132,7 +133,23 @@ def classify(error: OSError) -> AcceptError:
     return classified
 
 
-class OwnedSocket(RawSocket):
+class BareSocket(RawSocket):
+    """The C class, and what asyncio's TransportSocket asks of a socket besides."""
+
+    __slots__ = ()
+
+    def dup(self) -> socket.socket:
+        """Return a plain socket over a duplicate of the descriptor, non-blocking as this is."""
+        twin = socket.fromfd(self.fileno(), self.family, self.type, self.proto)
+        twin.settimeout(self.gettimeout())
+        return twin
+
+    def get_inheritable(self) -> bool:
+        """Whether child processes get the descriptor."""
+        return os.get_inheritable(self.fileno())
+
+
+class OwnedSocket(BareSocket):
     """A connected socket that tells when its descriptor is gone, once.
 
     Nothing on the way of the data is overridden. It is made of the C class: the Python

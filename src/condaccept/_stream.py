@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import select
 import socket
+import sys
 from asyncio.trsock import TransportSocket
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
@@ -22,6 +23,7 @@ from condaccept._transports import (
     Attachment,
     attach,
     check_tls,
+    checked,
     streams_protocol,
 )
 
@@ -42,6 +44,16 @@ HIGH: Final = 64 * 1024
 """Unsent bytes above which `drain()` waits: asyncio's own mark."""
 LINE: Final = 64 * 1024
 """Bytes before a separator: asyncio's own limit."""
+
+
+def checked_limit(limit: int | None) -> int:
+    """Return how many bytes may come before a separator; ``None``: as many as there can be."""
+    if limit is None:
+        return sys.maxsize
+    if limit < 0:
+        message = f"limit is a number of bytes or None, got {limit!r}"
+        raise ValueError(message)
+    return limit
 
 
 class Stream(Channel):
@@ -124,12 +136,12 @@ class Stream(Channel):
             raise ValueError(message)
         return await self._exclusively(self._exactly(n))
 
-    async def readuntil(self, separator: bytes = b"\n", *, limit: int = LINE) -> bytes:
+    async def readuntil(self, separator: bytes = b"\n", *, limit: int | None = LINE) -> bytes:
         """Return everything up to and including *separator*.
 
         Args:
             separator: Bytes, at least one.
-            limit: How many bytes may come before the separator.
+            limit: How many bytes may come before the separator; ``None``: any number.
 
         Raises:
             asyncio.IncompleteReadError: The stream ended before; `partial` has what there
@@ -137,7 +149,7 @@ class Stream(Channel):
             asyncio.LimitOverrunError: More than *limit* bytes come before the separator;
                 they stay to be read, and `consumed` says how many of them cannot be part
                 of a separator.
-            ValueError: *separator* is empty.
+            ValueError: *separator* is empty, or *limit* negative.
             RuntimeError, OSError: As `read()`.
 
         Cancellation:
@@ -149,20 +161,21 @@ class Stream(Channel):
         if not separator:
             message = "the separator is at least one byte"
             raise ValueError(message)
-        return await self._exclusively(self._until(bytes(separator), limit))
+        return await self._exclusively(self._until(bytes(separator), checked_limit(limit)))
 
-    async def readline(self, *, limit: int = LINE) -> bytes:
+    async def readline(self, *, limit: int | None = LINE) -> bytes:
         """Return a line with its newline; what is left at the end of the stream, or ``b""``.
 
         Raises:
             ValueError: The line is longer than *limit*. As with asyncio's streams, what
-                was looked at is dropped, with the newline if that was found.
+                was looked at is dropped, with the newline if that was found. Or *limit* is
+                negative; ``None`` is no limit.
             RuntimeError, OSError: As `read()`.
 
         Cancellation:
             Safe: what has come stays to be read.
         """
-        return await self._exclusively(self._line(limit))
+        return await self._exclusively(self._line(checked_limit(limit)))
 
     def read_oob(self) -> bytes:
         """Return the urgent byte that has come, or ``b""`` if none is unread; never waits.
@@ -516,12 +529,14 @@ class Stream(Channel):
         Raises:
             RuntimeError: Another task is reading this stream; or `write_eof()` was called;
                 or *ssl* is given and bytes were received. The stream is as it was.
-            ConnectionAbortedError: The stream was closed by this side, or handed over.
-            OSError: The connection failed, or was aborted with the listener.
+            ConnectionAbortedError: The stream was closed by this side, or handed over; or
+                the connection was ended meanwhile with the listener or the group.
+            OSError: The connection failed.
             ssl.SSLError, ConnectionError, TimeoutError: The TLS handshake failed; the
                 connection is closed.
             TypeError, ValueError: An argument is not what it should be.
-            Exception: Whatever *protocol_factory* raised; the stream is as it was. Or
+            Exception: Whatever *protocol_factory* raised, or TypeError if what it returned
+                is no protocol; the stream is as it was. Or
                 whatever ``connection_made()`` raised; the connection is closed.
 
         Cancellation:
@@ -531,7 +546,7 @@ class Stream(Channel):
         Source: `loop.connect_accepted_socket()`.
         """
         tls = check_tls(ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
-        protocol, data = await self._prepared(protocol_factory, tls)
+        protocol, data = await self._prepared(lambda: checked(protocol_factory()), tls)
         return await self._attach(protocol, data, tls), protocol
 
     async def into_streams(
@@ -688,7 +703,13 @@ class Stream(Channel):
 
     @property
     def callee_id(self) -> Address:
-        """The local address of this connection."""
+        """The local address of this connection.
+
+        Raises:
+            ConnectionAbortedError: The stream is closed by now, or was handed over.
+        """
+        if self._sock.fileno() < 0:
+            raise self._gone()
         return self._sock.getsockname()
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
@@ -709,7 +730,7 @@ class Stream(Channel):
         failure. What it returns is awaited if it can be, in a task: during one for the
         same subscription and event, a further event is kept, once, until that has ended.
         A callback that raises is reported to the loop's exception handler, and called for
-        later events all the same.
+        later events all the same. It runs in a copy of the context of this call.
 
         An event says how things stood: somebody may have acted on it since. READ is told
         again after a read, WRITE after a send that the kernel had no room for, OOB after
@@ -722,17 +743,24 @@ class Stream(Channel):
 
         Raises:
             TypeError: *events* is none, or *callback* cannot be called.
+            OSError: The listener is closed and no descriptor is free for an epoll set, or
+                the kernel's room for watches is used up; nothing has changed.
         """
         if self._signals is None:
             self._signals = Signals()
         signals = self._signals
         told = [each for each in EVENTS if not signals.armed(each)]
         subscription = signals.add(events, callback)
-        if self._sock.fileno() < 0:
+        if self._closing:
             if self._ended and subscription.wants(Event.CLOSE):
                 self._deliver(subscription, Event.CLOSE, self._failure())
             return subscription
-        self._subscribe(signals)
+        subscription.keep(self)
+        try:
+            self._subscribe(signals)
+        except OSError:
+            subscription.cancel()
+            raise
         for event in told:
             # Told to the others before; to this one if it is still so.
             if subscription.wants(event) and self._is_so(event):

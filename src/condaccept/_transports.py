@@ -10,7 +10,7 @@ import asyncio
 import errno
 import socket
 import ssl
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 if TYPE_CHECKING:
     from condaccept._sockets import HandedSocket
@@ -21,8 +21,11 @@ __all__ = (
     "TlsOptions",
     "attach",
     "check_tls",
+    "checked",
     "streams_protocol",
 )
+
+P = TypeVar("P")
 
 READER_LIMIT: Final = 64 * 1024
 """The limit of a StreamReader: asyncio's own."""
@@ -61,6 +64,17 @@ def check_tls(
             message = f"{name} is more than 0 seconds, got {timeout!r}"
             raise ValueError(message)
     return {"ssl": context, **options}
+
+
+def checked(protocol: P) -> P:
+    """Refuse what is no protocol while the stream still has the connection.
+
+    uvloop would keep it for ever, and say nothing to who asked for it.
+    """
+    if not callable(getattr(protocol, "connection_made", None)):
+        message = f"protocol_factory returned {protocol!r}, which is no protocol"
+        raise TypeError(message)
+    return protocol
 
 
 class Attachment:
@@ -121,11 +135,21 @@ async def attach(
         raise
     finally:
         attachment.attaching = None
+    if attachment.aborted and (error := attaching.exception()) is not None:
+        # TLS has seen an end that was none of the caller's making.
+        raise aborted() from error
     # What comes back as the protocol is not used: uvloop's is its own when there is TLS.
     transport: asyncio.Transport = attaching.result()[0]
     if relay.refused is not None:
         raise relay.refused
     return transport
+
+
+def aborted() -> ConnectionAbortedError:
+    """Return what a hand-over raises that this side has ended."""
+    return ConnectionAbortedError(
+        errno.ECONNABORTED, "the connection was aborted while it was handed over"
+    )
 
 
 def disregard(attaching: asyncio.Task[Any]) -> None:
@@ -154,9 +178,7 @@ class Relay(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._attachment.transport = self._transport = transport
         if self._attachment.aborted:
-            self.refused = ConnectionAbortedError(
-                errno.ECONNABORTED, "the connection was aborted while it was handed over"
-            )
+            self.refused = aborted()
             self._transport.set_protocol(asyncio.Protocol())  # one that need not know
             self._transport.abort()
             return

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from condaccept._pending import Peer
 from condaccept._sockets import (
+    BareSocket,
     OwnedSocket,
-    RawSocket,
     credentials,
     peer,
     reset,
@@ -84,7 +84,7 @@ class Connection:
         self.marked = False
         self.changed: Callable[[], object] | None = None  # who is told while it is watched
         self._kind = kind
-        self._sock: RawSocket | None = None
+        self._sock: BareSocket | None = None
         self._syn: bytes | None = None
 
     def __call__(self, _events: int) -> None:
@@ -93,14 +93,14 @@ class Connection:
             self.changed()
 
     @property
-    def sock(self) -> RawSocket:
+    def sock(self) -> BareSocket:
         """The socket, without the Python half of `socket.socket`."""
         if self.fd < 0:
             # Whoever keeps a pending transport may ask it later; by then the descriptor's
             # number is the stream's, or somebody else's.
             raise OSError(errno.EBADF, "this connection is not pending any more")
         if self._sock is None:
-            self._sock = RawSocket(*self._kind.arguments, self.fd)
+            self._sock = BareSocket(*self._kind.arguments, self.fd)
         return self._sock
 
     @property
@@ -176,7 +176,7 @@ class Connection:
             set_linger(sock, self._kind.linger)
         return sock
 
-    def farewell(self) -> RawSocket:
+    def farewell(self) -> BareSocket:
         """Give the socket away, made so that a close sends what is unsent."""
         if self.marked:
             self.mark(0)
