@@ -25,17 +25,14 @@ ROOT = Path(__file__).parent.parent
 ECHO_GATE = ROOT / "examples" / "echo_gate.py"
 HOT_RESTART = ROOT / "examples" / "hot_restart.py"
 WORKERS = ROOT / "examples" / "workers.py"
-STRICT = (sys.executable, "-X", "dev", "-W", "error")
+STRICT = (sys.executable, "-W", "error")
+"""Not in development mode: on a loaded machine asyncio's debug mode complains of slow callbacks."""
 PROGRAM = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 DOCUMENTED = [
     pytest.param(program, id=f"{path.stem}-{n}")
     for path in sorted((ROOT / "docs").glob("*.md"))
     for n, program in enumerate(PROGRAM.findall(path.read_text()))
 ]
-
-
-LOADED = (sys.executable, "-W", "error")
-"""For programs that load the machine: in debug mode asyncio would complain of a slow one."""
 
 
 @contextlib.contextmanager
@@ -107,7 +104,7 @@ def test_echo_gate_serves_until_interrupted() -> None:
 def test_hot_restart() -> None:
     """Three generations under load: each serves, no caller sees an error."""
     done = subprocess.run(
-        [*LOADED, str(HOT_RESTART), "--demo"],
+        [*STRICT, str(HOT_RESTART), "--demo"],
         capture_output=True,
         text=True,
         timeout=100,
@@ -153,7 +150,7 @@ def test_hot_restart_by_hand(tmp_path: Path) -> None:
 def test_workers() -> None:
     """Everybody is served by one of the workers, each with its own socket or all with one."""
     done = subprocess.run(
-        [*LOADED, str(WORKERS), "--demo"], capture_output=True, text=True, timeout=100, check=False
+        [*STRICT, str(WORKERS), "--demo"], capture_output=True, text=True, timeout=100, check=False
     )
 
     assert (done.returncode, done.stderr) == (0, "")
@@ -217,7 +214,7 @@ def test_documents(program: str, tmp_path: Path) -> None:
     path = tmp_path / "program.py"
     path.write_text(program)
     done = subprocess.run(
-        [*LOADED, str(path)], capture_output=True, text=True, timeout=60, check=False
+        [*STRICT, str(path)], capture_output=True, text=True, timeout=60, check=False
     )
 
     assert (done.returncode, done.stderr) == (0, "")

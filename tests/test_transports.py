@@ -1455,3 +1455,16 @@ def test_handed_socket_is_a_socket() -> None:
         assert released == [1]
         assert handed.detach() == -1
         assert released == [1]
+
+
+async def test_another_loop(line: Line) -> None:
+    """A loop that the stream does not belong to cannot have it, and nothing has changed."""
+
+    def elsewhere() -> None:
+        with pytest.raises(RuntimeError, match="belongs to another event loop"):
+            asyncio.run(line.stream.into_streams())
+
+    await asyncio.to_thread(elsewhere)
+    line.stream.write(b"still here")
+    assert line.client.recv(100) == b"still here"
+    line.stream.abort()

@@ -264,11 +264,14 @@ class Admitting(Taking, Generic[T]):
             self._loop.call_soon_threadsafe(self._over, serial, holds)
             return
         self._streams._discard(serial)
-        if holds:
-            self._ledger.release(holds)
-        self._freed()
-        if self.closed:
-            self._delivery.look_over()
+        try:
+            if holds:
+                self._ledger.release(holds)
+        finally:
+            # Also when a release raises SystemExit: somebody waits for the place.
+            self._freed()
+            if self.closed:
+                self._delivery.look_over()
 
     def _forgotten(self, sock: OwnedSocket) -> None:
         """Close the socket of a stream that was collected as garbage, in whatever thread."""

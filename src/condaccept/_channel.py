@@ -441,10 +441,13 @@ class Channel:
         if self._sock.fileno() >= 0:
             if self._registered:
                 self._unregister()
-            self._sock.close()
-            self._watch.needed.discard(self)
-            if self._waiters:
-                self._wake_waiters()
+            try:
+                self._sock.close()
+            finally:
+                # Also when a release raises SystemExit: somebody waits for the end.
+                self._watch.needed.discard(self)
+                if self._waiters:
+                    self._wake_waiters()
 
     def _why_not(self) -> OSError:
         broken = self._broken

@@ -152,7 +152,9 @@ async def listen(
         exhausted: What `streams()` and `serve()` do without descriptors. ``"pause"``:
             wait for one. ``"shed_oldest_deferred"``: expire the oldest deferred connection.
         stream_factory: Called with each new `Stream`; its result is what `accept()`
-            returns.
+            returns, and what `streams()` and `serve()` give out. If it raises, that
+            connection is reset and counted as failed; `accept()` raises the same,
+            `streams()` and `serve()` log it.
         conditional_accept: Ask the condition before the handshake. Not available yet.
 
     Raises:

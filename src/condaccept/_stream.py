@@ -573,6 +573,9 @@ class Stream(Channel):
 
     async def _prepared(self, factory: Callable[[], R], tls: TlsOptions) -> tuple[R, bytes]:
         """Make ready for another owner; return what *factory* made and what was not read."""
+        if asyncio.get_running_loop() is not self._loop:
+            message = "the stream belongs to another event loop, which alone can have it"
+            raise RuntimeError(message)
         if self._reading:
             raise await self._two_readers()
         self._reading = True
