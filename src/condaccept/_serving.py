@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
 
 from condaccept._deciding import LOSSES, PER_WAKE_UP, TO_OFFER, closed_error
+from condaccept._delivery import current_task
 from condaccept._exhaustion import Exhaustion
 from condaccept._pending import Status
 from condaccept._sockets import descriptor_free
@@ -290,7 +291,8 @@ class Consumption(abc.ABC, Generic[T]):
             return
         task = self._loop.create_task(self._decide(pending, verdict))
         self._deciders.add(task)
-        self._deciding.under_decision(pending, task)
+        if not task.done():  # as it may be where tasks are eager
+            self._deciding.under_decision(pending, task)
         task.add_done_callback(partial(self._decided, pending, verdict))
 
     async def _decide(self, pending: PendingTransport, awaitable: Awaitable[Any]) -> None:
@@ -659,12 +661,14 @@ class Serve(Consumption[T]):
         return self._deciding.consumer is self
 
     def _give(self, stream: Stream, result: T) -> None:
-        task = self._loop.create_task(self._handle(result))
+        task = self._loop.create_task(self._handle(stream, result))
         self._handlers[task] = stream
         # Not in the task: one that is cancelled before its first step runs nothing of it.
         task.add_done_callback(self._handled)
 
-    async def _handle(self, result: T) -> None:
+    async def _handle(self, stream: Stream, result: T) -> None:
+        if (task := current_task()) is not None:
+            self._handlers[task] = stream  # an eager one runs before its maker has it
         running = self._handler(result)
         if not inspect.isawaitable(running):
             message = f"a handler is async, or returns an awaitable: {self._handler!r}"
