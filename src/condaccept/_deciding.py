@@ -378,18 +378,26 @@ class Deciding(Generic[T]):
                 logger.warning("%s, and the kernel cannot refuse: %s", reason, error)
 
     def _reject_new(self, reason: str) -> None:
-        rejected = 0
+        taken = 0
         for pending in self._newcomers(PER_WAKE_UP):
-            self.refuse(pending, reason)
-            rejected += 1
-        if rejected and self._gate.waiting():
+            taken += 1
+            if pending._status in TO_OFFER:
+                self.refuse(pending, reason)
+            elif pending._kept:
+                self._pending.report(pending)  # no call is told of the rejected ones either
+        if taken and self._gate.waiting():
             self._loop.call_soon(self._overflow)
 
-    def _newcomers(self, limit: int) -> Iterator[PendingTransport]:
-        """Take up to *limit* connections for which nobody has asked."""
+    def _newcomers(self, limit: int, *, places: bool = False) -> Iterator[PendingTransport]:
+        """Take up to *limit* connections for which nobody has asked; some may be lost.
+
+        With *places*, not more than there are places for on the deque.
+        """
         fresh = self._fresh  # a condition may be asked about it
         try:
             for _ in range(limit):
+                if places and self._pending.crowded:
+                    return
                 try:
                     pending = self._take()
                 except NetworkDownError as error:
@@ -397,8 +405,7 @@ class Deciding(Generic[T]):
                     continue
                 if pending is None:
                     return
-                if pending._status in TO_OFFER:
-                    yield pending
+                yield pending
         finally:
             self._fresh = fresh
 
@@ -1082,10 +1089,9 @@ class Deciding(Generic[T]):
         known = self._gate.backlog()
         # Who comes meanwhile does not count, or there might be no end.
         most = AT_ONCE if known is None else known[1] + 1
-        if self._pending.max_pending is not None:
-            most = min(most, self._pending.max_pending - len(self._pending))
-        for pending in self._newcomers(most):
-            self._enter(pending, Status.QUEUED)
+        for pending in self._newcomers(most, places=True):
+            if pending._status in TO_OFFER:
+                self._enter(pending, Status.QUEUED)
             self.consumer.became_due(pending)
 
     def refuse_new(self) -> None:
