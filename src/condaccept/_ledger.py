@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from condaccept._events import Outcome
-from condaccept._pending import Status
+from condaccept._pending import Status, check_plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -112,9 +112,7 @@ class Ledger:
 
     def on_outcome(self, callback: Callable[[Outcome], object]) -> None:
         """Have *callback* called with every `Outcome`, soon after it."""
-        if not callable(callback):
-            message = f"the callback cannot be called: {callback!r}"
-            raise TypeError(message)
+        check_plain(callback)
         self._callbacks.append(callback)
 
     def settle(self, pending: PendingTransport, status: Status, reason: str) -> None:

@@ -19,7 +19,7 @@ from condaccept._delivery import Delivery, EventRecord
 from condaccept._events import Event, EventCallback, Outcome, Signals, Subscription
 from condaccept._ledger import Ledger, Statistics
 from condaccept._open import Host, UnixPath, absolute, open_tcp, open_unix, unlink
-from condaccept._pending import Condition, PendingDeque, PendingTransport, Status
+from condaccept._pending import Condition, PendingDeque, PendingTransport, Status, check_plain
 from condaccept._serving import Policy, Serve, Streams
 from condaccept._shutdown import Leftovers, shutdown
 from condaccept._sockets import (
@@ -380,10 +380,11 @@ class Listener(Generic[T]):
 
         Once for each such time, soon after it began. The callback may close what can be
         spared: as soon as a stream of this listener is, accepting goes on.
+
+        Raises:
+            TypeError: *callback* cannot be called, or is ``async``: nobody would await it.
         """
-        if not callable(callback):
-            message = f"the callback cannot be called: {callback!r}"
-            raise TypeError(message)
+        check_plain(callback)
         self._policy.on_exhausted.append(callback)
 
     # -- capacity
@@ -457,7 +458,11 @@ class Listener(Generic[T]):
         return self._accepting.watch(events)
 
     def on_outcome(self, callback: Callable[[Outcome], object]) -> None:
-        """Have ``callback(outcome)`` called once for every connection, soon after its end."""
+        """Have ``callback(outcome)`` called once for every connection, soon after its end.
+
+        Raises:
+            TypeError: *callback* cannot be called, or is ``async``: nobody would await it.
+        """
         self._ledger.on_outcome(callback)
 
     # -- groups
