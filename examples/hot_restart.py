@@ -21,13 +21,9 @@ import socket
 import sys
 import tempfile
 from collections import Counter
-from typing import TYPE_CHECKING
 
 import condaccept
 from condaccept import Listener, Stream
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
 
 HAND_OVER = 10.0
 """Seconds that a successor is given to take the sockets; without, the old one serves on."""
@@ -42,24 +38,6 @@ async def answer(stream: Stream) -> None:
         return  # the caller has left
     finally:
         stream.close()
-
-
-async def serve(
-    listener: Listener[Stream], handler: Callable[[Stream], Coroutine[None, None, None]]
-) -> None:
-    """Serve until the listener is closed and the last stream has ended."""
-    async with asyncio.TaskGroup() as handlers:
-        while True:
-            try:
-                stream = await listener.accept()
-            except condaccept.ListenerClosedError:
-                return
-            except (condaccept.DescriptorsExhaustedError, condaccept.BuffersExhaustedError):
-                await asyncio.sleep(0.1)
-            except (condaccept.PendingResetError, condaccept.NetworkDownError):
-                continue  # that caller has left
-            else:
-                handlers.create_task(handler(stream))
 
 
 async def take_over(control: str) -> Listener[Stream] | None:
@@ -117,7 +95,7 @@ async def generation(host: str, port: int, control: str, *, until_eof: bool) -> 
     listener = await take_over(control) or await condaccept.listen(host, port)
     with listen_for_successor(control) as waiting:
         async with listener, asyncio.TaskGroup() as tasks:
-            tasks.create_task(serve(listener, answer))
+            tasks.create_task(listener.serve(answer))
             succeeded = tasks.create_task(hand_over(listener, waiting))
             stopped = tasks.create_task(stop.wait())
             print(f"{os.getpid()} serves {listener.sockname[1]}", flush=True)

@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING
 
 import condaccept
@@ -41,22 +42,6 @@ async def answer(stream: Stream, name: str) -> None:
         stream.close()
 
 
-async def serve(listener: Listener[Stream], name: str) -> None:
-    """Serve until the listener is closed and the last stream has ended."""
-    async with asyncio.TaskGroup() as handlers:
-        while True:
-            try:
-                stream = await listener.accept()
-            except condaccept.ListenerClosedError:
-                return
-            except (condaccept.DescriptorsExhaustedError, condaccept.BuffersExhaustedError):
-                await asyncio.sleep(0.1)
-            except (condaccept.PendingResetError, condaccept.NetworkDownError):
-                continue  # that caller has left
-            else:
-                handlers.create_task(answer(stream, name))
-
-
 async def worker(name: str, host: str, port: int, descriptor: int | None) -> None:
     """Serve until the end of standard input: so no worker outlives its parent."""
     listener: Listener[Stream]
@@ -75,7 +60,8 @@ async def worker(name: str, host: str, port: int, descriptor: int | None) -> Non
     async with listener:
         loop.add_reader(sys.stdin, at_eof)
         print(f"worker {name} serves {listener.sockname}", flush=True)
-        await serve(listener, name)
+        with contextlib.suppress(condaccept.ListenerClosedError):  # closed before it began
+            await listener.serve(partial(answer, name=name))
 
 
 @contextlib.asynccontextmanager
