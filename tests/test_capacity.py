@@ -347,6 +347,25 @@ async def test_reject_keeps_nobody(dial: Dial) -> None:
         (await asyncio.wait_for(listener.accept(), LIMIT)).close()
 
 
+@pytest.mark.parametrize("overflow", ["reject", "refuse"])
+async def test_over_a_limit_without_descriptors(
+    listener: Listener[Stream], dial: Dial, exhaust: Any, overflow: Any
+) -> None:
+    """Who waits over a limit is seen to when a descriptor is free that was closed elsewhere."""
+    caller = dial(listener)
+    give_back = exhaust()
+    listener.max_streams = Limit(0, overflow)
+    await turns()
+    assert (listener.statistics().taken, listener.statistics().refusing) == (0, False)
+    give_back()
+
+    if overflow == "reject":
+        assert await wire_end(caller) == "reset"
+    else:
+        await until(lambda: listener.statistics().refusing)
+        assert len(listener.pending) == 1
+
+
 @each_consumer
 async def test_refuse(dial: Dial, how: str) -> None:
     """At the limit the kernel refuses, and listens again at the low mark, not before."""

@@ -32,7 +32,9 @@ from condaccept._verdict import Accept, AnyVerdict, Defer, Reject, Verdict
 from condaccept.exceptions import (
     AcceptError,
     AcceptInProgressError,
+    BuffersExhaustedError,
     CalleeDataError,
+    DescriptorsExhaustedError,
     InvalidGroupError,
     InvalidVerdictError,
     ListenerClosedError,
@@ -99,7 +101,8 @@ microseconds."""
 AT_ONCE: Final = 65536
 """Connections taken in at once where the kernel does not tell how many it may have queued."""
 RELISTEN: Final = 1.0
-"""Seconds until a kernel that would not listen again is asked the next time."""
+"""Seconds until a kernel that would not listen again is asked the next time, and until
+newcomers over a limit are looked at again who could not be taken."""
 PER_TURN: Final = 256
 """Deferred connections looked at before the loop has its turn: about a millisecond."""
 
@@ -371,11 +374,19 @@ class Deciding(Generic[T]):
                 self.refuse_new()
         except AcceptError as error:
             logger.debug("%s, and nobody can be taken: %s", reason, error.reason)
+            if isinstance(error, (DescriptorsExhaustedError, BuffersExhaustedError)):
+                # They wait, and a descriptor that is closed elsewhere tells nobody.
+                self._stop_relistening()
+                self._relisten = self._loop.call_later(RELISTEN, self._overflow_again)
         except OSError as error:
             # It was possible when the limit was set. What cannot be refused is queued.
             if not self._cannot_refuse:
                 self._cannot_refuse = True
                 logger.warning("%s, and the kernel cannot refuse: %s", reason, error)
+
+    def _overflow_again(self) -> None:
+        self._listen_if_room()
+        self._overflow()
 
     def _reject_new(self, reason: str) -> None:
         taken = 0
