@@ -321,6 +321,51 @@ async def test_reject_without_a_call(listener: Listener[Stream], dial: Dial) -> 
     first.close()
 
 
+async def test_reject_behind_those_who_left(listener: Listener[Stream], dial: Dial) -> None:
+    """A caller is reset though a whole wake-up's worth of those before it have left."""
+    listener.max_streams = Limit(0, "reject")
+    for _ in range(PER_WAKE_UP):
+        reset(dial(listener))
+    caller = dial(listener)
+
+    assert await wire_end(caller) == "reset"
+    statistics = listener.statistics()
+    assert (statistics.reset, statistics.rejected) == (PER_WAKE_UP, 1)
+
+
+async def test_reject_keeps_nobody(dial: Dial) -> None:
+    """Who leaves before a limit would have reset it is not kept for an accept() call."""
+    async with await listen("127.0.0.1", 0, max_pending=2) as listener:
+        listener.max_streams = Limit(0, "reject")
+        for _ in range(5):
+            reset(dial(listener))
+        await until(lambda: listener.statistics().reset == 5)
+        assert len(listener._pending) == 0
+
+        listener.max_streams = None
+        dial(listener)
+        (await asyncio.wait_for(listener.accept(), LIMIT)).close()
+
+
+@pytest.mark.parametrize("overflow", ["reject", "refuse"])
+async def test_over_a_limit_without_descriptors(
+    listener: Listener[Stream], dial: Dial, exhaust: Any, overflow: Any
+) -> None:
+    """Who waits over a limit is seen to when a descriptor is free that was closed elsewhere."""
+    caller = dial(listener)
+    give_back = exhaust()
+    listener.max_streams = Limit(0, overflow)
+    await turns()
+    assert (listener.statistics().taken, listener.statistics().refusing) == (0, False)
+    give_back()
+
+    if overflow == "reject":
+        assert await wire_end(caller) == "reset"
+    else:
+        await until(lambda: listener.statistics().refusing)
+        assert len(listener.pending) == 1
+
+
 @each_consumer
 async def test_refuse(dial: Dial, how: str) -> None:
     """At the limit the kernel refuses, and listens again at the low mark, not before."""

@@ -340,6 +340,25 @@ async def test_streams_are_waited_for(dial: Dial, how: str) -> None:
         assert not await asyncio.wait_for(shutdown, LIMIT)
 
 
+@pytest.mark.parametrize("end", ["shutdown", "refuse"])
+async def test_those_who_left_have_no_places(dial: Dial, end: str) -> None:
+    """Callers who left in the kernel's queue take no place of those who are there."""
+    async with serving("serve", say_hello, max_pending=2) as server:
+        listener = server.listener
+        await caught_up()
+        listener.suspend()
+        for _ in range(3):
+            reset(dial(listener))
+        callers = [dial(listener) for _ in range(2)]
+        if end == "refuse":
+            listener.suspend(refuse=True)
+            assert [await wire_end(caller) for caller in callers] == [b"hello"] * 2
+        assert not await listener.shutdown(LIMIT)
+        assert len(server.outcomes) == 5
+        if end == "shutdown":
+            assert [wire(caller) for caller in callers] == [b"hello"] * 2
+
+
 @everyone
 async def test_what_is_left(dial: Dial, how: str) -> None:
     """After the timeout all that is left is named, with the reason, and reset."""

@@ -722,6 +722,29 @@ async def test_outcome_callbacks(listener: Listener[Stream], dial: Dial) -> None
     assert [type(each["exception"]) for each in reported] == [ZeroDivisionError]
 
 
+@pytest.mark.parametrize("wrong", ["async", None])
+async def test_callbacks_nobody_can_call(
+    listener: Listener[Stream], dial: Dial, wrong: Any
+) -> None:
+    """An async callback, or none, is refused when it is given, and the caller gets in."""
+
+    async def callback(_outcome: Outcome) -> None:
+        pytest.fail("nobody awaits this")
+
+    given: Any = callback if wrong else None
+
+    def condition(pending: PendingTransport) -> AnyVerdict:
+        with pytest.raises(TypeError, match="the callback"):
+            pending.on_settled(given)
+        return ACCEPT
+
+    for register in (listener.on_outcome, listener.on_exhausted):
+        with pytest.raises(TypeError, match="the callback"):
+            register(given)
+    dial(listener)
+    (await listener.accept(condition)).close()
+
+
 async def test_outcomes_of_many(listener: Listener[Stream], dial: Dial) -> None:
     """Every connection has its own outcome, in the order of the ends."""
     seen = outcomes(listener)

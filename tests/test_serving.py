@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import gc
 import itertools
@@ -61,7 +62,7 @@ from tests.support import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 Memory = tuple[Listener[Stream], MemoryGate]
 VAR: contextvars.ContextVar[str] = contextvars.ContextVar("VAR", default="nobody's")
@@ -1351,3 +1352,59 @@ def test_an_interrupted_condition_loses_nobody(
         loop.run_until_complete(asyncio.sleep(0))
     finally:
         loop.close()
+
+
+# -- eager tasks
+
+
+@contextlib.contextmanager
+def eager_tasks() -> Iterator[None]:
+    """Have the loop begin each task at once."""
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009 - 3.12
+    try:
+        yield
+    finally:
+        loop.set_task_factory(None)
+
+
+eager = pytest.mark.skipif(
+    not hasattr(asyncio, "eager_task_factory"), reason="Python 3.12 brought eager tasks"
+)
+
+
+@eager
+@pytest.mark.parametrize("verdict", [ACCEPT, REJECT, DEFER])
+async def test_eager_conditions(listener: Listener[Stream], dial: Dial, verdict: Any) -> None:
+    """An async condition that has its verdict at once decides once where tasks are eager."""
+    seen = outcomes(listener)
+
+    async def condition(pending: PendingTransport) -> AnyVerdict:
+        return REJECT if pending.deferrals else verdict
+
+    with eager_tasks():
+        task = start(listener.serve(keep, condition))
+        clients = [dial(listener) for _ in range(3)]
+        await until(lambda: listener.statistics().offers == 3)
+        listener.reconsider()
+        for client in clients:
+            client.close()
+        await until(lambda: len(seen) == 3)
+        add_up(listener)
+        listener.close()
+        await result(task)
+
+
+@eager
+async def test_eager_handler(listener: Listener[Stream], dial: Dial) -> None:
+    """A handler's shutdown does not wait for its own stream where tasks are eager."""
+    left: list[Any] = []
+
+    async def handler(_stream: Stream) -> None:
+        left.append(await listener.shutdown())
+
+    with eager_tasks():
+        task = start(listener.serve(handler))
+        dial(listener)
+        await result(task)
+    assert not left[0]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from condaccept._events import Outcome
-from condaccept._pending import Status
+from condaccept._pending import Status, check_plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -113,9 +114,7 @@ class Ledger:
 
     def on_outcome(self, callback: Callable[[Outcome], object]) -> None:
         """Have *callback* called with every `Outcome`, soon after it."""
-        if not callable(callback):
-            message = f"the callback cannot be called: {callback!r}"
-            raise TypeError(message)
+        check_plain(callback)
         self._callbacks.append(callback)
 
     def settle(self, pending: PendingTransport, status: Status, reason: str) -> None:
@@ -157,7 +156,11 @@ class Ledger:
         fatal: BaseException | None = None
         for release in holds:
             try:
-                release()
+                left = release()
+                if left is not None and inspect.iscoroutine(left):
+                    left.close()
+                    message = "a release is called, and nobody awaits what it returns"
+                    raise TypeError(message)
             except (KeyboardInterrupt, SystemExit) as error:
                 fatal = fatal or error
             except BaseException as error:  # noqa: BLE001 - the others have to be released too

@@ -18,7 +18,7 @@ from condaccept._delivery import Delivery, EventRecord
 from condaccept._events import Event, EventCallback, Outcome, Signals, Subscription
 from condaccept._ledger import Ledger, Statistics
 from condaccept._open import unlink
-from condaccept._pending import Condition, PendingDeque, PendingTransport, Status
+from condaccept._pending import Condition, PendingDeque, PendingTransport, Status, check_plain
 from condaccept._serving import Policy, Serve, Streams
 from condaccept._shutdown import Leftovers, shutdown
 from condaccept._sockets import (
@@ -369,7 +369,16 @@ class Listener(Generic[T]):
 
         In the order they came; a few hundred in a turn of the loop, so *predicate* may be
         asked later. May be called from a condition. What *predicate* raises ends it.
+
+        Each call looks at every deferred connection. Where thousands wait, keep those whose
+        turn may come in an index of your own, and call their `PendingTransport.reconsider()`.
+
+        Raises:
+            TypeError: *predicate* cannot be called.
         """
+        if predicate is not None and not callable(predicate):
+            message = f"the predicate cannot be called: {predicate!r}"
+            raise TypeError(message)
         self._deciding.wake_all(predicate)
 
     def on_exhausted(self, callback: Callable[[Episode], object]) -> None:
@@ -377,10 +386,11 @@ class Listener(Generic[T]):
 
         Once for each such time, soon after it began. The callback may close what can be
         spared: as soon as a stream of this listener is, accepting goes on.
+
+        Raises:
+            TypeError: *callback* cannot be called, or is ``async``: nobody would await it.
         """
-        if not callable(callback):
-            message = f"the callback cannot be called: {callback!r}"
-            raise TypeError(message)
+        check_plain(callback)
         self._policy.on_exhausted.append(callback)
 
     # -- capacity
@@ -454,7 +464,11 @@ class Listener(Generic[T]):
         return self._accepting.watch(events)
 
     def on_outcome(self, callback: Callable[[Outcome], object]) -> None:
-        """Have ``callback(outcome)`` called once for every connection, soon after its end."""
+        """Have ``callback(outcome)`` called once for every connection, soon after its end.
+
+        Raises:
+            TypeError: *callback* cannot be called, or is ``async``: nobody would await it.
+        """
         self._ledger.on_outcome(callback)
 
     # -- groups
@@ -712,16 +726,23 @@ class Listener(Generic[T]):
 
     def _warn_of_descriptors(self) -> None:
         """Say beforehand if the limits promise more than the process may open."""
-        limit, allowed = self.max_streams, descriptor_limit()
-        if limit is None or allowed is None:
+        allowed = descriptor_limit()
+        limits = [
+            (name, limit.n)
+            for name in ("max_streams", "max_starting")
+            if (limit := self._deciding.capacity.get(name)) is not None
+        ]
+        if not limits or allowed is None:
             return
-        needed = limit.n + (self._pending.max_pending or 0) + REJECTING
+        name, most = max(limits, key=lambda each: each[1])
+        needed = most + (self._pending.max_pending or 0) + REJECTING
         if needed > allowed:
             logger.warning(
-                "RLIMIT_NOFILE allows %d descriptors, and max_streams=%d with max_pending=%r and"
+                "RLIMIT_NOFILE allows %d descriptors, and %s=%d with max_pending=%r and"
                 " %d rejections may need %d: raise it, or lower them",
                 allowed,
-                limit.n,
+                name,
+                most,
                 self._pending.max_pending,
                 REJECTING,
                 needed,

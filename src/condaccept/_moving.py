@@ -207,8 +207,8 @@ class Moving(Waking):
     # -- what the watch and the timer tell
 
     def changed(self, pending: PendingTransport) -> None:
-        """Look at a deferred connection: its peer left, or enough bytes came, or neither."""
-        if pending._status is not Status.DEFERRED:
+        """Look at one that waits: its peer left, or enough bytes came, or neither."""
+        if pending._status not in TO_OFFER:
             return
         stay = pending._stay
         if not self.look(pending):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import heapq
+import inspect
 import ipaddress
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
@@ -32,6 +33,7 @@ __all__ = (
     "PendingTransport",
     "Release",
     "Status",
+    "check_plain",
 )
 
 Address: TypeAlias = Any
@@ -480,7 +482,9 @@ class PendingTransport:
 
         Raises:
             RuntimeError: It has found its end already.
+            TypeError: *fn* cannot be called, or is ``async``: nobody would await it.
         """
+        check_plain(fn)
         if self._status in _ENDS:
             message = f"the connection is {self._status.value} already"
             raise RuntimeError(message)
@@ -727,6 +731,16 @@ class PendingDeque:
             if stay.deadline is None and self.defer_timeout is not None:
                 stay.deadline = now + self.defer_timeout
             self.set_alarm(pending)
+
+
+def check_plain(callback: object) -> None:
+    """Refuse a callback that the loop cannot call, or whose result somebody had to await."""
+    if not callable(callback):
+        message = f"the callback cannot be called: {callback!r}"
+        raise TypeError(message)
+    if inspect.iscoroutinefunction(callback):
+        message = f"the callback is async, and nobody would await it: {callback!r}"
+        raise TypeError(message)
 
 
 def _counts(entry: tuple[float, int, PendingTransport]) -> bool:

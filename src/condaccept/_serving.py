@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
 
+from condaccept._delivery import current_task
 from condaccept._exhaustion import Exhaustion
 from condaccept._moving import LOSSES, TO_OFFER, closed_error
 from condaccept._pending import Status
@@ -291,7 +292,8 @@ class Consumption(abc.ABC, Generic[T]):
             return
         task = self._loop.create_task(self._decide(pending, verdict))
         self._deciders.add(task)
-        self._deciding.under_decision(pending, task)
+        if not task.done():  # as it may be where tasks are eager
+            self._deciding.under_decision(pending, task)
         task.add_done_callback(partial(self._decided, pending, verdict))
 
     async def _decide(self, pending: PendingTransport, awaitable: Awaitable[Any]) -> None:
@@ -660,12 +662,14 @@ class Serve(Consumption[T]):
         return self._deciding.consumer is self
 
     def _give(self, stream: Stream, result: T) -> None:
-        task = self._loop.create_task(self._handle(result))
+        task = self._loop.create_task(self._handle(stream, result))
         self._handlers[task] = stream
         # Not in the task: one that is cancelled before its first step runs nothing of it.
         task.add_done_callback(self._handled)
 
-    async def _handle(self, result: T) -> None:
+    async def _handle(self, stream: Stream, result: T) -> None:
+        if (task := current_task()) is not None:
+            self._handlers[task] = stream  # an eager one runs before its maker has it
         running = self._handler(result)
         if not inspect.isawaitable(running):
             message = f"a handler is async, or returns an awaitable: {self._handler!r}"
@@ -680,8 +684,11 @@ class Serve(Consumption[T]):
         else:
             stream.close()
         if error is not None:
-            # What a handler makes of its stream being aborted is no fault of it.
-            expected = self._deciding.aborted and isinstance(error, ConnectionAbortedError)
+            # What a handler makes of its stream being aborted, or reset by the peer, is no
+            # fault of it.
+            expected = (self._deciding.aborted and isinstance(error, ConnectionAbortedError)) or (
+                isinstance(error, OSError) and stream._failure() is not None
+            )
             logger.log(
                 logging.DEBUG if expected else logging.ERROR,
                 "the handler of %r raised",

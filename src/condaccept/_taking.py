@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from condaccept._moving import TO_OFFER, Moving
 from condaccept._pending import PendingTransport, Status
-from condaccept.exceptions import AcceptError, NetworkDownError, PendingResetError
+from condaccept.exceptions import (
+    AcceptError,
+    BuffersExhaustedError,
+    DescriptorsExhaustedError,
+    NetworkDownError,
+    PendingResetError,
+)
 
 if TYPE_CHECKING:
     import asyncio
@@ -30,7 +36,8 @@ microseconds."""
 AT_ONCE: Final = 65536
 """Connections taken in at once where the kernel does not tell how many it may have queued."""
 RELISTEN: Final = 1.0
-"""Seconds until a kernel that would not listen again is asked the next time."""
+"""Seconds until a kernel that would not listen again is asked the next time, and until
+newcomers over a limit are looked at again who could not be taken."""
 
 
 class _Nobody:
@@ -169,25 +176,41 @@ class Taking(Moving):
                 self.refuse_new()
         except AcceptError as error:
             logger.debug("%s, and nobody can be taken: %s", reason, error.reason)
+            if isinstance(error, (DescriptorsExhaustedError, BuffersExhaustedError)):
+                # They wait, and a descriptor that is closed elsewhere tells nobody.
+                self._stop_relistening()
+                self._relisten = self._loop.call_later(RELISTEN, self._overflow_again)
         except OSError as error:
             # It was possible when the limit was set. What cannot be refused is queued.
             if not self._cannot_refuse:
                 self._cannot_refuse = True
                 logger.warning("%s, and the kernel cannot refuse: %s", reason, error)
 
+    def _overflow_again(self) -> None:
+        self._listen_if_room()
+        self._overflow()
+
     def _reject_new(self, reason: str) -> None:
-        rejected = 0
+        taken = 0
         for pending in self._newcomers(PER_WAKE_UP):
-            self.refuse(pending, reason)
-            rejected += 1
-        if rejected and self._gate.waiting():
+            taken += 1
+            if pending._status in TO_OFFER:
+                self.refuse(pending, reason)
+            elif pending._kept:
+                self._pending.report(pending)  # no call is told of the rejected ones either
+        if taken and self._gate.waiting():
             self._loop.call_soon(self._overflow)
 
-    def _newcomers(self, limit: int) -> Iterator[PendingTransport]:
-        """Take up to *limit* connections for which nobody has asked."""
+    def _newcomers(self, limit: int, *, places: bool = False) -> Iterator[PendingTransport]:
+        """Take up to *limit* connections for which nobody has asked; some may be lost.
+
+        With *places*, not more than there are places for on the deque.
+        """
         fresh = self._fresh  # a condition may be asked about it
         try:
             for _ in range(limit):
+                if places and self._pending.crowded:
+                    return
                 try:
                     pending = self._take()
                 except NetworkDownError as error:
@@ -195,8 +218,7 @@ class Taking(Moving):
                     continue
                 if pending is None:
                     return
-                if pending._status in TO_OFFER:
-                    yield pending
+                yield pending
         finally:
             self._fresh = fresh
 
@@ -263,10 +285,15 @@ class Taking(Moving):
         known = self._gate.backlog()
         # Who comes meanwhile does not count, or there might be no end.
         most = AT_ONCE if known is None else known[1] + 1
-        if self._pending.max_pending is not None:
-            most = min(most, self._pending.max_pending - len(self._pending))
-        for pending in self._newcomers(most):
-            self._enter(pending, Status.QUEUED)
+        asked = self.asked
+        if asked is not None and not asked._kept and not self._pending.crowded:
+            # Its condition may have led here; those who come in now come behind it.
+            self._enter(asked, Status.DECIDING)
+        for pending in self._newcomers(most, places=True):
+            if pending._status in TO_OFFER:
+                self._enter(pending, Status.QUEUED)
+                # It may have to wait long for its offer.
+                self._gate.watch(pending._arrival, 0, pending._changed)
             self.consumer.became_due(pending)
 
     def refuse_new(self) -> None:
