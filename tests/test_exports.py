@@ -48,6 +48,7 @@ ROOMS = [
     "_admitting",
     "_deciding",
     "_accepting",
+    "_consumption",
     "_serving",
     "_shutdown",
     "_open",

@@ -14,12 +14,14 @@ from condaccept import (
     DEFER,
     AcceptError,
     AnyVerdict,
+    ConnectionDeferredError,
     Defer,
     Leftovers,
     Limit,
     Listener,
     ListenerClosedError,
     Outcome,
+    PendingResetError,
     PendingTransport,
     Reject,
     Status,
@@ -243,6 +245,35 @@ async def test_refusing_needs_sockets_of_its_own(dial: Dial) -> None:
         statistics = listener.statistics()
         assert (statistics.suspended, statistics.refusing, statistics.taken) == (False, False, 0)
         assert wire(client) == "open"
+
+
+async def test_taken_in_and_gone(listener: Listener[Stream], dial: Dial) -> None:
+    """Whoever was taken in and leaves before anybody asks is noticed at once."""
+    leaves, stays = dial(listener), dial(listener)
+    await queued(listener, 2)
+    listener.suspend(refuse=True)
+    assert listener.statistics().pending == 2
+    reset(leaves)
+    await until(lambda: listener.statistics().reset == 1)
+    with pytest.raises(PendingResetError):
+        await listener.accept()
+    (await listener.accept()).close()
+    assert await wire_end(stays) == "eof"
+
+
+async def test_a_condition_that_refuses(listener: Listener[Stream], dial: Dial) -> None:
+    """The connection a condition is asked about stays in front of those it has taken in."""
+    clients = [dial(listener) for _ in range(3)]
+    names = [each.getsockname() for each in clients]
+    await queued(listener, 3)
+
+    def condition(_pending: PendingTransport) -> AnyVerdict:
+        listener.suspend(refuse=True)
+        return DEFER
+
+    with pytest.raises(ConnectionDeferredError):
+        await listener.accept(condition)
+    assert [each.caller_id for each in listener.pending] == names
 
 
 async def test_resume_fails(listener: Listener[Stream], monkeypatch: pytest.MonkeyPatch) -> None:

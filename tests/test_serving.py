@@ -30,7 +30,7 @@ from condaccept import (
     Stream,
     listen,
 )
-from condaccept._serving import PER_WAKE_UP
+from condaccept._taking import PER_WAKE_UP
 from condaccept.testing import MemoryGate, memory_listener
 from tests.consumers import (
     Handler,
@@ -900,6 +900,54 @@ async def test_a_handler_that_raises(
     assert wire(good) == "open"
     assert [each.levelno for each in caplog.records] == [logging.ERROR]
     await cancelled(serve)
+
+
+async def test_a_handler_whose_caller_resets(
+    listener: Listener[Stream], dial: Dial, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a handler raises because its caller has reset it is logged at DEBUG: no fault of it."""
+    caplog.set_level(logging.DEBUG, "condaccept")
+    serve = await serving(listener)
+    client = dial(listener)
+    await until(lambda: listener.statistics().handlers)
+    reset(client)
+    await until(lambda: not listener.statistics().handlers)
+    logged = [each for each in caplog.records if "handler" in each.getMessage()]
+    assert [each.levelno for each in logged] == [logging.DEBUG]
+    await cancelled(serve)
+
+
+async def test_an_async_release(memory: Memory) -> None:
+    """A release that somebody had to await is reported, and the others are made."""
+    listener, gate = memory
+    released: list[str] = []
+    reported: list[dict[str, Any]] = []
+
+    async def give_back() -> None:
+        released.append("async")  # pragma: no cover - which is the mistake
+
+    def condition(pending: PendingTransport) -> AnyVerdict:
+        pending.hold(lambda: released.append("plain"))
+        pending.hold(give_back)
+        return REJECT
+
+    loop = asyncio.get_running_loop()
+    before = loop.get_exception_handler()
+    loop.set_exception_handler(lambda _, context: reported.append(context))
+    serve = await serving(listener, condition)
+    with gate.dial() as client:
+        assert await wire_end(client) == "eof"
+    await cancelled(serve)
+    loop.set_exception_handler(before)
+    assert released == ["plain"]
+    assert "nobody awaits" in str(reported[0]["exception"])
+
+
+async def test_a_predicate_that_is_none(listener: Listener[Stream]) -> None:
+    """reconsider() refuses what cannot be called, also while nobody is deferred."""
+    wrong: Any = 5
+    with pytest.raises(TypeError, match="predicate cannot be called: 5"):
+        listener.reconsider(wrong)
 
 
 async def test_a_handler_that_is_not_async(

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, overload
 from condaccept._accepting import Accepting
 from condaccept._arguments import check_limits, check_timeout
 from condaccept._capacity import Capacity, Limit, as_limit
+from condaccept._consumption import Policy
 from condaccept._delivery import Delivery, EventRecord
 from condaccept._events import Event, EventCallback, Outcome, Signals, Subscription
 from condaccept._ledger import Ledger, Statistics
 from condaccept._open import unlink
 from condaccept._pending import Condition, PendingDeque, PendingTransport, Status, check_plain
-from condaccept._serving import Policy, Serve, Streams
+from condaccept._serving import Serve, Streams
 from condaccept._shutdown import Leftovers, shutdown
 from condaccept._sockets import (
     Option,
