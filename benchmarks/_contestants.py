@@ -11,7 +11,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 HERE = Path(__file__).parent
-ACCEPT_TASKS = (1, 16)
+LISTENERS = {
+    "1": "condaccept accept(), 1 task",
+    "16": "condaccept accept(), 16 tasks",
+    "streams": "condaccept streams()",
+    "serve": "condaccept serve()",
+}
+"""What `_serve_condaccept.py` takes, and the name in the table."""
 C_LOOP = "C loop"
 START_SERVER = "start_server"
 STREAMS = "asyncio streams"
@@ -48,11 +54,7 @@ def contestants(loops: Sequence[str], floor: Path | None) -> Iterator[Contestant
     for loop in loops:
         lacks = _missing(loop)
         yield Contestant(loop, START_SERVER, _script("_serve_streams.py", loop), lacks)
-        lacks = _missing(loop, "condaccept")
-        for tasks in ACCEPT_TASKS:
-            name = f"condaccept accept(), {tasks} task{'s' if tasks > 1 else ''}"
-            command = _script("_serve_condaccept.py", loop, str(tasks))
-            yield Contestant(loop, name, command, lacks)
+        yield from named("_serve_condaccept.py", LISTENERS, [loop])
 
 
 def named(script: str, names: Mapping[str, str], loops: Sequence[str]) -> Iterator[Contestant]:

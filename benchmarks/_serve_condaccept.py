@@ -1,4 +1,7 @@
-"""``Listener.accept()`` under measurement: ``python _serve_condaccept.py LOOP TASKS JOB``."""
+"""A listener under measurement: ``python _serve_condaccept.py LOOP HOW JOB``.
+
+HOW is ``serve``, ``streams``, or a number: so many tasks in ``Listener.accept()``.
+"""
 
 from __future__ import annotations
 
@@ -34,16 +37,28 @@ async def take(
         stream.close()
 
 
-async def serve(job: str, tasks: int) -> None:
-    """Serve *job* in so many tasks until the process is killed."""
+async def greet(stream: condaccept.Stream) -> None:
+    """Greet; serve() closes."""
+    stream.write(GREETING)
+
+
+async def serve(job: str, how: str) -> None:
+    """Serve *job* until the process is killed."""
     condition = {"accept": accept, "reject": reject}[job]
     listener = await condaccept.listen(HOST, 0)
     announce(listener.sockname[1])
-    async with asyncio.TaskGroup() as group:
-        for _ in range(tasks):
-            group.create_task(take(listener, condition))
+    if how == "serve":
+        await listener.serve(greet, condition)
+    elif how == "streams":
+        async for stream in listener.streams(condition):
+            stream.write(GREETING)
+            stream.close()
+    else:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(int(how)):
+                group.create_task(take(listener, condition))
 
 
 if __name__ == "__main__":
-    loop, tasks, job = sys.argv[1:]
-    run(loop, serve(job, int(tasks)))
+    loop, how, job = sys.argv[1:]
+    run(loop, serve(job, how))
