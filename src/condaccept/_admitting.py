@@ -7,6 +7,7 @@ import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
+from condaccept._capacity import Place
 from condaccept._group import Groups, OpenStreams
 from condaccept._moving import IN_HAND, LOSSES, closed_error
 from condaccept._pending import Peer, PendingTransport, Status
@@ -84,7 +85,7 @@ class Admitting(Taking, Generic[T]):
             raise _no_group(pending)
         admission = self._gate.admit(pending._arrival)
         pending._offered = False
-        self._take_slots(pending)
+        self._take_place(pending)
         pending._reason = accept.reason
         if isinstance(admission, OwnedSocket):
             if deliver or self.closed:
@@ -103,20 +104,17 @@ class Admitting(Taking, Generic[T]):
         self.consumer.left_place()
         return TO_COME
 
-    def _take_slots(self, pending: PendingTransport) -> None:
+    def _take_place(self, pending: PendingTransport) -> None:
         """Count an accepted connection, until what is held for it is released."""
-        starting = self.capacity.starting.take()
-        holds = pending._holds = pending._holds or []
-        holds += self.capacity.streams.take(), starting
-        pending._started = partial(self._started, starting)
+        place = pending._place = Place(self.capacity, self._freed)
+        if pending._holds is None:
+            pending._holds = [place]
+        else:
+            pending._holds.append(place)
         if self.capacity.limited:
             full = self.capacity.overflow()
             if full is not None and full[0] != "queue":
                 self._loop.call_soon(self._overflow)
-
-    def _started(self, give_back: Callable[[], bool]) -> None:
-        if give_back():
-            self._freed()
 
     # -- admissions that take time
 
@@ -205,7 +203,7 @@ class Admitting(Taking, Generic[T]):
             sock.close()
             raise
         stream.state = pending.state
-        stream._started = pending._started
+        stream._place = pending._place
         self._streams._add(serial, stream)
         if group is not None:
             group._add(serial, stream)

@@ -9,7 +9,7 @@ import attrs
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ("Capacity", "Limit", "Overflow", "Slots", "as_limit")
+__all__ = ("Capacity", "Limit", "Overflow", "Place", "Slots", "as_limit")
 
 Overflow: TypeAlias = Literal["queue", "reject", "refuse"]
 _OVERFLOWS: Final = ("queue", "reject", "refuse")
@@ -121,6 +121,38 @@ class Slots:
             return True
 
         return give_back
+
+
+class Place:
+    """What one accepted connection takes of a listener's capacity; a hold gives it back.
+
+    One object for both counts, since every accepted connection has it: streams are counted
+    without a limit, too, for the limit that is set later. *freed* is called when the
+    connection has started, which gives back half of it.
+    """
+
+    __slots__ = ("_capacity", "_freed", "_starting")
+
+    def __init__(self, capacity: Capacity, freed: Callable[[], object]) -> None:
+        self._capacity = capacity
+        self._freed = freed
+        self._starting = True
+        capacity.streams.taken += 1
+        capacity.starting.taken += 1
+
+    def __call__(self) -> None:
+        """Give it back: the connection is over. Called once, as every hold is."""
+        self._capacity.streams.taken -= 1
+        if self._starting:
+            self._starting = False
+            self._capacity.starting.taken -= 1
+
+    def started(self) -> None:
+        """Note that the connection has started; a second call does nothing."""
+        if self._starting:
+            self._starting = False
+            self._capacity.starting.taken -= 1
+            self._freed()
 
 
 class Capacity:

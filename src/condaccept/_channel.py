@@ -17,8 +17,9 @@ from condaccept._events import Event, Signals, Subscription
 from condaccept._watch import HANGUP, READ, URGENT, WRITE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
+    from condaccept._capacity import Place
     from condaccept._delivery import Delivery
     from condaccept._pending import Address
     from condaccept._sockets import OwnedSocket
@@ -65,12 +66,12 @@ class Channel:
         "_loop",
         "_paused",
         "_peer_error",
+        "_place",
         "_reader",
         "_reading",
         "_registered",
         "_signals",
         "_sock",
-        "_started",
         "_streak",
         "_turned",
         "_unsent",
@@ -116,7 +117,7 @@ class Channel:
         self._broken: OSError | None = None
         self._peer_error: OSError | None = None  # SO_ERROR, once taken
         self._ended = False  # CLOSE was told, or would have been
-        self._started: Callable[[], object] | None = None
+        self._place: Place | None = None  # in the listener's capacity
         self._attachment: Attachment | None = None  # where the connection went
         self._streak = 0
         self._turned = False  # a call was cancelled in the turn it gave the loop

@@ -286,10 +286,10 @@ class PendingTransport:
         "_kept",
         "_offered",
         "_owner",
+        "_place",
         "_reason",
         "_settled",
         "_sqos",
-        "_started",
         "_status",
         "_stay",
         "_taken",
@@ -315,7 +315,7 @@ class PendingTransport:
         self._sqos: QOS | None = None
         self._holds: list[Release] | None = None
         self._settled: list[Callable[[Any], object]] | None = None
-        self._started: Callable[[], object] | None = None  # gives the place of starting back
+        self._place: Any = None  # what an accepted one takes of the capacity
         self.callback_data: Any = None
         self.state: Any = None
         self.group: str | None = None

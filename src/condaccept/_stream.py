@@ -700,9 +700,8 @@ class Stream(Channel):
         For the listener's ``max_starting``, which limits those that have not logged in yet,
         say. A second call does nothing, and without that limit none does.
         """
-        if self._started is not None:
-            started, self._started = self._started, None
-            started()
+        if self._place is not None:
+            self._place.started()
 
     @property
     def callee_id(self) -> Address:
