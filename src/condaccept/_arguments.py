@@ -7,7 +7,10 @@ import socket
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from condaccept._capacity import as_limit
+
 if TYPE_CHECKING:
+    from condaccept._capacity import Limit
     from condaccept._exhaustion import OnExhausted
     from condaccept._moving import OnEof, OnFull
     from condaccept._open import Host
@@ -77,8 +80,11 @@ def check_limits(
     on_full: OnFull | None,
     *,
     on_eof: OnEof,
+    max_streams: int | Limit | None,
+    max_starting: int | Limit | None,
     exhausted: OnExhausted,
 ) -> None:
+    """Check what `listen()`, `from_socket()` and `Listener` have in common."""
     check_timeout("defer_timeout", defer_timeout)
     for name, limit in (("max_pending", max_pending), ("max_deciding", max_deciding)):
         if limit is None and name == "max_pending":
@@ -98,3 +104,5 @@ def check_limits(
     if exhausted not in ("pause", "shed_oldest_deferred"):
         message = f"exhausted is 'pause' or 'shed_oldest_deferred', got {exhausted!r}"
         raise ValueError(message)
+    as_limit("max_streams", max_streams)
+    as_limit("max_starting", max_starting)

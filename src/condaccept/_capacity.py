@@ -143,16 +143,18 @@ class Place:
     def __call__(self) -> None:
         """Give it back: the connection is over. Called once, as every hold is."""
         self._capacity.streams.taken -= 1
-        if self._starting:
-            self._starting = False
-            self._capacity.starting.taken -= 1
+        self._start()
 
     def started(self) -> None:
         """Note that the connection has started; a second call does nothing."""
-        if self._starting:
-            self._starting = False
-            self._capacity.starting.taken -= 1
+        if self._start():
             self._freed()
+
+    def _start(self) -> bool:
+        was, self._starting = self._starting, False
+        if was:
+            self._capacity.starting.taken -= 1
+        return was
 
 
 class Capacity:

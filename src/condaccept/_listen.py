@@ -14,7 +14,6 @@ from condaccept._arguments import (
     check_timeout,
     check_unix,
 )
-from condaccept._capacity import Limit, as_limit
 from condaccept._listener import Listener
 from condaccept._open import absolute, open_tcp, open_unix, unlink
 from condaccept._sockets import check_options
@@ -23,6 +22,7 @@ from condaccept.gates import HandshakeGate
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from condaccept._capacity import Limit
     from condaccept._exhaustion import OnExhausted
     from condaccept._moving import OnEof, OnFull
     from condaccept._open import Host, UnixPath
@@ -167,10 +167,15 @@ async def listen(
     checked = check_options(options)
     check_timeout("reject_timeout", reject_timeout)
     check_limits(
-        max_pending, max_deciding, defer_timeout, on_full, on_eof=on_eof, exhausted=exhausted
+        max_pending,
+        max_deciding,
+        defer_timeout,
+        on_full,
+        on_eof=on_eof,
+        max_streams=max_streams,
+        max_starting=max_starting,
+        exhausted=exhausted,
     )
-    as_limit("max_streams", max_streams)
-    as_limit("max_starting", max_starting)
     hosts = check_address(host, port, path)
     for name, number, most in (
         ("backlog", backlog, INT_MAX),

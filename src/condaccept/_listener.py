@@ -94,7 +94,14 @@ class Listener(Generic[T]):
             watch: Makes the watch, given the loop.
         """
         check_limits(
-            max_pending, max_deciding, defer_timeout, on_full, on_eof=on_eof, exhausted=exhausted
+            max_pending,
+            max_deciding,
+            defer_timeout,
+            on_full,
+            on_eof=on_eof,
+            max_streams=max_streams,
+            max_starting=max_starting,
+            exhausted=exhausted,
         )
         capacity = Capacity(
             as_limit("max_streams", max_streams), as_limit("max_starting", max_starting)
@@ -174,10 +181,15 @@ class Listener(Generic[T]):
         checked = check_options(options)
         check_timeout("reject_timeout", reject_timeout)
         check_limits(
-            max_pending, max_deciding, defer_timeout, on_full, on_eof=on_eof, exhausted=exhausted
+            max_pending,
+            max_deciding,
+            defer_timeout,
+            on_full,
+            on_eof=on_eof,
+            max_streams=max_streams,
+            max_starting=max_starting,
+            exhausted=exhausted,
         )
-        as_limit("max_streams", max_streams)
-        as_limit("max_starting", max_starting)
         apply_options(sock, checked)
         listener = cls(
             lambda loop, watch: HandshakeGate(loop, watch, [sock], reject_timeout=reject_timeout),
