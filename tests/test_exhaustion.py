@@ -157,9 +157,9 @@ class Counted:
         gate, consumer = listener._gate, listener._deciding.consumer
         take, retry, arrived = gate.take, consumer._set_retry, consumer.arrived  # type: ignore[attr-defined]
 
-        def counted_take(limit: int) -> Any:
+        def counted_take() -> Any:
             self.attempts += 1
-            return take(limit)
+            return take()
 
         def counted_retry() -> None:
             self.timers += consumer._retry is None  # type: ignore[attr-defined]

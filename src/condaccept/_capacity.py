@@ -163,6 +163,7 @@ class Capacity:
     Attributes:
         streams: Those that are accepted and open.
         starting: Those of them that have not said yet that they have started.
+        limited: Whether there is any limit.
     """
 
     def __init__(self, max_streams: Limit | None, max_starting: Limit | None) -> None:
@@ -170,6 +171,7 @@ class Capacity:
         self.streams = Slots(None)
         self.starting = Slots(None)
         self._limits: dict[str, tuple[Limit, Slots]] = {}
+        self.limited = False
         self.set("max_streams", max_streams)
         self.set("max_starting", max_starting)
 
@@ -186,11 +188,7 @@ class Capacity:
         else:
             slots.limit = limit.n
             self._limits[name] = limit, slots
-
-    @property
-    def limited(self) -> bool:
-        """Whether there is any limit."""
-        return bool(self._limits)
+        self.limited = bool(self._limits)
 
     @property
     def refuses(self) -> bool:

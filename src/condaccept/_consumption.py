@@ -47,6 +47,7 @@ __all__ = ("Consumption", "Policy")
 T = TypeVar("T")
 
 _VERDICTS: Final = (Verdict, Accept, Reject, Defer)
+_BARE_REJECT: Final = Verdict.REJECT
 
 logger = logging.getLogger("condaccept")
 
@@ -85,6 +86,7 @@ class Consumption(abc.ABC, Generic[T]):
         self._loop = deciding._loop
         self._gate = deciding._gate
         self._pending = deciding._pending
+        self._ledger = deciding._ledger
         self._policy = policy
         self._condition = condition
         self._callback_data = callback_data
@@ -99,6 +101,7 @@ class Consumption(abc.ABC, Generic[T]):
         self._soon: asyncio.Handle | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._errors = 0  # of accept(2), one after the other
+        self._troubled = True  # there may have been some since the last one that succeeded
 
     # -- what it is told as the consumer
 
@@ -138,6 +141,7 @@ class Consumption(abc.ABC, Generic[T]):
         if self._deciding.consumer is self:
             return
         self._deciding.switch(self)
+        self._troubled = True
         self._due.clear()
         self._ready.clear()
         for pending in list(self._pending):
@@ -195,9 +199,7 @@ class Consumption(abc.ABC, Generic[T]):
                 if pending is None:
                     self._again |= self._round == 0 and bool(self._due)
                     return
-                # No offer sees what another one has set in context variables; a handler
-                # sees what its own connection's condition has.
-                self._context.copy().run(self._offer, pending)
+                self._offer(pending)
             self._again = True
         except BaseException:
             self._again = True  # what told of the others is spent
@@ -223,24 +225,34 @@ class Consumption(abc.ABC, Generic[T]):
     def _next(self) -> PendingTransport | None:
         """Return the next one to look at, who may be lost by now; ``None``: nobody is there."""
         deciding = self._deciding
+        deque = self._pending
         if self._ready and self._wants_stream():
             return self._ready.popleft()
-        if self._pending.deciding >= self._pending.max_deciding:
+        if deque.deciding >= deque.max_deciding:
             return None
         if self._round:
-            if not deciding.room_to_offer():
-                return None
-            self._round -= 1
-            return self._due.popleft()
-        return self._take()
-
-    def _take(self) -> PendingTransport | None:
-        deciding, exhaustion = self._deciding, self._policy.exhaustion
-        if self._pending.crowded and not (deciding.expires_oldest and self._pending.deferred):
+            return self._next_due()
+        if deque.crowded and not (deciding.expires_oldest and deque.deferred):
             return None
         try:
             pending = deciding.take()
-        except NetworkDownError as error:
+        except AcceptError as error:
+            self._not_taken(error)
+            return None
+        if self._troubled:
+            self._taken(pending)
+        return pending
+
+    def _next_due(self) -> PendingTransport | None:
+        if not self._deciding.room_to_offer():
+            return None
+        self._round -= 1
+        return self._due.popleft()
+
+    def _not_taken(self, error: AcceptError) -> None:
+        """Act on an accept(2) that failed."""
+        self._troubled = True
+        if isinstance(error, NetworkDownError):
             # About one connection, says accept(2), so the next is tried at once; unless
             # there is no end of them.
             logger.debug("%s", error.reason)
@@ -249,41 +261,53 @@ class Consumption(abc.ABC, Generic[T]):
                 self._again = True
             else:
                 self._set_retry()
-            return None
-        except (DescriptorsExhaustedError, BuffersExhaustedError) as error:
+        elif isinstance(error, (DescriptorsExhaustedError, BuffersExhaustedError)):
             self._exhausted(error)
-            return None
-        except AcceptError as error:
-            logger.error("accepting has ended: %s", error.reason)  # noqa: TRY400 - a sentence
+        else:
+            logger.error("accepting has ended: %s", error.reason)
             self._broken(error)
-            return None
+
+    def _taken(self, pending: PendingTransport | None) -> None:
+        """Note an accept(2) that did not fail, after one that did."""
+        exhaustion = self._policy.exhaustion
         self._errors = 0
         if pending is not None:
             exhaustion.succeeded()
         elif exhaustion.under_way and not self._gate.waiting():
             self._nobody_waits()
-        return pending
+        self._troubled = exhaustion.under_way
 
     @abc.abstractmethod
     def _broken(self, error: AcceptError) -> None:
         """End: nothing can be accepted from these sockets any more."""
 
     def _offer(self, pending: PendingTransport) -> None:
-        if pending._status is Status.READY:
-            self._give_ready(pending)
-            return
-        if pending._status not in TO_OFFER:
-            return  # decided meanwhile, or lost
-        if pending._kept and not (_is_due(pending) and self._deciding.look(pending)):
-            return  # here twice, or lost
+        deciding = self._deciding
+        if pending._kept or pending._status is not Status.QUEUED:
+            if pending._status is Status.READY:
+                self._give_ready(pending)
+                return
+            if not (_is_due(pending) and deciding.look(pending)):
+                return  # here twice, decided meanwhile, or lost
+        # No offer sees what another one has set in context variables; a handler sees what
+        # its own connection's condition has.
+        context = self._context.copy()
         try:
-            verdict = self._deciding.ask(pending, self._condition, self._callback_data)
+            verdict = deciding.ask(pending, self._condition, self._callback_data, context)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - of one client
             self._condition_raised(pending, error)
             return
-        if isinstance(verdict, _VERDICTS) or not inspect.isawaitable(verdict):
-            self._conclude(pending, verdict)
-            return
+        if verdict is _BARE_REJECT and pending._settled is None and not self._ledger.callbacks:
+            # What a flood comes to, the short way: it can fail in nothing that `_conclude()`
+            # is prepared for.
+            deciding.reject(pending)
+        elif isinstance(verdict, _VERDICTS) or not inspect.isawaitable(verdict):
+            context.run(self._conclude, pending, verdict)
+        else:
+            context.run(self._await, pending, verdict)
+
+    def _await(self, pending: PendingTransport, verdict: Awaitable[Any]) -> None:
+        """Have a task wait for the verdict of an async condition."""
         task = self._loop.create_task(self._decide(pending, verdict))
         self._deciders.add(task)
         if not task.done():  # as it may be where tasks are eager

@@ -24,6 +24,7 @@ from condaccept.exceptions import (
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
+    from contextvars import Context
 
     from condaccept._stream import Stream
     from condaccept._waking import Consumer
@@ -83,22 +84,26 @@ class Deciding(Admitting[T]):
     # -- asking
 
     def ask(
-        self, pending: PendingTransport, condition: Condition | None, callback_data: object
+        self,
+        pending: PendingTransport,
+        condition: Condition | None,
+        callback_data: object,
+        context: Context | None = None,
     ) -> AnyVerdict | Awaitable[AnyVerdict]:
-        """Make one offer, as far as a plain condition goes."""
+        """Make one offer, as far as a plain condition goes, in *context* or in the caller's."""
         if pending._kept:
             self._pending.move(pending, Status.DECIDING, 0.0)
             pending._again = False
+            pending.group = pending._callee_data = pending._sqos = None
         self._frees_before = self._frees
         self._ledger.offers += 1
         pending.callback_data = callback_data
-        pending.group = pending._callee_data = pending._sqos = None
         if condition is None:
             return _ACCEPT
         pending._offered = True
         self.asked = pending
         try:
-            return condition(pending)
+            return condition(pending) if context is None else context.run(condition, pending)
         except BaseException as error:
             self._raised(pending, error)
             raise
@@ -183,13 +188,13 @@ class Deciding(Admitting[T]):
             if verdict is _BARE_ACCEPT:
                 return self._accept(pending, _ACCEPT, deliver=deliver)
             if verdict is _BARE_REJECT:
-                return self._reject(pending, _REJECT)
+                return self.reject(pending, _REJECT)
             if verdict is _BARE_DEFER:
                 return self._defer(pending, _DEFER)
             if isinstance(verdict, Accept):
                 return self._accept(pending, verdict, deliver=deliver)
             if isinstance(verdict, Reject):
-                return self._reject(pending, verdict)
+                return self.reject(pending, verdict)
             if isinstance(verdict, Defer):
                 return self._defer(pending, verdict)
             reason = f"a condition returns ACCEPT, REJECT or DEFER, this one returned {verdict!r}"
@@ -203,7 +208,12 @@ class Deciding(Admitting[T]):
                     self.refuse(pending, error.reason)
             raise
 
-    def _reject(self, pending: PendingTransport, reject: Reject) -> Reject:
+    def reject(self, pending: PendingTransport, reject: Reject = _REJECT) -> Reject:
+        """Carry a rejection out.
+
+        Raises:
+            CalleeDataError: Its data is too long; nothing has been done.
+        """
         data = reject.data
         if data is None:
             data = b"" if pending._callee_data is None else bytes(pending._callee_data)
@@ -211,7 +221,10 @@ class Deciding(Admitting[T]):
             capacity = pending.callee_data.capacity
             reason = f"callee data of {len(data)} bytes is over the capacity of {capacity}"
             raise CalleeDataError(reason, pending.caller_id)
-        self._to(pending, Status.REJECTED)
+        if pending._kept:
+            self._to(pending, Status.REJECTED)
+        else:
+            pending._status = Status.REJECTED  # a newcomer may go anywhere
         self._gate.refuse(pending._arrival, data)
         self._ledger.settle(pending, Status.REJECTED, reject.reason)
         return reject

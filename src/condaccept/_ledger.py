@@ -96,7 +96,7 @@ class Ledger:
     ) -> None:
         self._call_soon = call_soon
         self._report = report
-        self._callbacks: list[Callable[[Outcome], object]] = []
+        self.callbacks: list[Callable[[Outcome], object]] = []
         self.taken = 0
         self.offers = 0
         self.deferrals = 0
@@ -115,7 +115,7 @@ class Ledger:
     def on_outcome(self, callback: Callable[[Outcome], object]) -> None:
         """Have *callback* called with every `Outcome`, soon after it."""
         check_plain(callback)
-        self._callbacks.append(callback)
+        self.callbacks.append(callback)
 
     def settle(self, pending: PendingTransport, status: Status, reason: str) -> None:
         """Book the end of *pending*, which its owner has just moved to *status*.
@@ -123,9 +123,9 @@ class Ledger:
         Whatever its last offer held and no stream took over is released here.
         """
         self.counts[status] += 1
+        pending._offered = False
         if pending._holds is not None:
             self.release(pending._release_holds())
-        pending._offered = False
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug(
                 "%s %r: %s",
@@ -140,10 +140,10 @@ class Ledger:
                     "deferrals": pending.deferrals,
                 },
             )
-        if self._callbacks or pending._settled is not None:
+        if self.callbacks or pending._settled is not None:
             settled, pending._settled = pending._settled, None
             outcome = Outcome(status, pending.caller_id, reason, pending.age, pending.deferrals)
-            self._tell(outcome, [*(settled or ()), *self._callbacks])
+            self._tell(outcome, [*(settled or ()), *self.callbacks])
 
     def end_offer(self, pending: PendingTransport) -> None:
         """Release what the offer that has just ended without a decision held."""

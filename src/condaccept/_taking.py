@@ -86,33 +86,32 @@ class Taking(Moving):
         self._wake_idle()
         self.consumer.left_place()
 
-    def take(self) -> PendingTransport | None:
+    def take(self, *, to_offer: bool = True) -> PendingTransport | None:
         """Take a connection from the gate; ``None`` if nobody waits there, or may be taken.
 
         What is returned may be a loss; one that is to be reported is on the deque then.
+        One that will not be offered, if not *to_offer*, needs no room for a stream.
 
         Raises:
             AcceptError: Nothing could be taken; whoever waits at the gate goes on waiting.
         """
-        if self.suspended or self.stopped or not self.room_to_offer():
+        if to_offer and (
+            self.suspended or self.stopped or (self.capacity.limited and not self.room_to_offer())
+        ):
             return None
-        return self._take()
-
-    def _take(self) -> PendingTransport | None:
         try:
-            taken = self._gate.take(1)
+            arrival = self._gate.take()
         except PendingResetError as error:
             # Told of by accept(2), which gave no connection: a loss like any other.
             self._ledger.taken += 1
             pending = PendingTransport(cast("Arrival", _Nobody()), time.monotonic, self._owner)
             self._book(pending, Status.RESET, error.reason)
             return pending
-        if not taken:
+        if arrival is None:
             return None
-        pending = PendingTransport(taken[0], time.monotonic, self._owner)
         self._ledger.taken += 1
-        self._fresh = pending
-        if pending._arrival.hangup:
+        pending = self._fresh = PendingTransport(arrival, time.monotonic, self._owner)
+        if arrival.hangup:
             self.look(pending)
         return pending
 
@@ -212,7 +211,7 @@ class Taking(Moving):
                 if places and self._pending.crowded:
                     return
                 try:
-                    pending = self._take()
+                    pending = self.take(to_offer=False)
                 except NetworkDownError as error:
                     logger.debug("%s", error.reason)
                     continue

@@ -232,9 +232,9 @@ class MemoryGate(ConnectedGate):
         """How many wait to be taken; there is no limit."""
         return None
 
-    def take(self, limit: int) -> list[Connection]:
-        """Take up to *limit* connections."""
-        return [self._queue.popleft() for _ in range(min(limit, len(self._queue)))]
+    def take(self) -> Connection | None:
+        """Take the connection that came first."""
+        return self._queue.popleft() if self._queue else None
 
     def admit(self, arrival: Connection) -> OwnedSocket | asyncio.Future[OwnedSocket]:
         """Let a connection in, at once or when the test says so."""

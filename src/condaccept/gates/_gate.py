@@ -60,8 +60,8 @@ class Gate(Protocol, Generic[A]):
     def backlog(self) -> tuple[int, int] | None:
         """How many wait to be taken, and how many could; ``None`` if unknown."""
 
-    def take(self, limit: int) -> list[A]:
-        """Take up to *limit* connections, in the order they came.
+    def take(self) -> A | None:
+        """Take the connection that came first; ``None``: nobody waits.
 
         Raises:
             AcceptError: Nothing could be taken; who waits goes on waiting, but for a

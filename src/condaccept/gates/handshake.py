@@ -111,6 +111,7 @@ class HandshakeGate(ConnectedGate):
         self._refusing = False
         self._lanes = deque(_Lane(sock) for sock in sockets)
         self._first = self._lanes[0]
+        self._only = self._first if len(self._lanes) == 1 else None
         # Asking is a fifth of the price of an accept(2) that says EAGAIN, and it tells
         # EMFILE with somebody waiting from EMFILE with nobody: Linux looks for a free
         # descriptor before it looks at the queue.
@@ -265,11 +266,12 @@ class HandshakeGate(ConnectedGate):
             return None
         return sum(depth for depth, _ in known), sum(limit for _, limit in known)
 
-    def take(self, limit: int) -> list[Connection]:
-        taken: list[Connection] = []
+    def take(self) -> Connection | None:
         if self._refusing:
-            return taken
-        while len(taken) < limit and (lane := self._ready_lane()) is not None:
+            return None
+        poll = self._poll
+        while ready := self._ready or poll.poll(0):
+            lane = self._only or self._in_turn(ready)
             try:
                 fd, caller_id = lane.accept()
             except BlockingIOError:
@@ -278,23 +280,22 @@ class HandshakeGate(ConnectedGate):
                 continue
             except OSError as error:
                 if error.errno in _EXHAUSTED and not self.waiting():
-                    break  # what was asked before is old: somebody else took the caller
-                if taken:
-                    break
+                    return None  # what was asked before is old: somebody else took the caller
                 raise classify(error) from error
             # One question for two answers: whether the caller is still there, and, for
             # the next turn, who else waits. Descriptors come back in this order.
-            self._poll.register(fd, _POLLRDHUP)
-            ready = self._poll.poll(0)
-            self._poll.unregister(fd)
+            poll.register(fd, _POLLRDHUP)
+            ready = poll.poll(0)
+            poll.unregister(fd)
             hangup = bool(ready) and ready[-1][0] == fd
             if hangup:
                 ready.pop()
             self._ready = ready
             if not ready:
                 self._dry()
-            taken.append(Connection(fd, lane.kind, caller_id, hangup=hangup))
-        return taken
+            return Connection(fd, lane.kind, caller_id, hangup=hangup)
+        self._dry()
+        return None
 
     def admit(self, arrival: Connection) -> OwnedSocket:
         if arrival.watched:
@@ -319,16 +320,9 @@ class HandshakeGate(ConnectedGate):
         for lane in self._lanes:
             self._watch.dry(lane.fd)
 
-    def _ready_lane(self) -> _Lane | None:
+    def _in_turn(self, ready: list[tuple[int, int]]) -> _Lane:
         """Return the next listening socket that somebody waits on, by turns."""
-        ready = self._ready or self._poll.poll(0)
-        if not ready:
-            self._dry()
-            return None
-        self._ready = ready
         lanes = self._lanes
-        if len(lanes) == 1:
-            return lanes[0]
         descriptors = {fd for fd, _ in ready}
         while lanes[0].fd not in descriptors:
             lanes.rotate(-1)
