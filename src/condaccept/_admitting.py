@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 from condaccept._capacity import Place
 from condaccept._group import Groups, OpenStreams
 from condaccept._moving import IN_HAND, LOSSES, closed_error
-from condaccept._pending import Peer, PendingTransport, Status
+from condaccept._pending import ACCEPTED, Peer, PendingTransport, Status
 from condaccept._sockets import OwnedSocket, apply_flow, inherit_options, peer, reset
 from condaccept._stream import Stream
 from condaccept._taking import Taking
@@ -51,6 +51,18 @@ class Admitting(Taking, Generic[T]):
         aborted: Whether the streams were aborted.
     """
 
+    __slots__ = (
+        "_delivery",
+        "_signals",
+        "_stream_factory",
+        "_streams",
+        "_thread",
+        "_watch",
+        "aborted",
+        "groups",
+        "options",
+    )
+
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
@@ -74,22 +86,25 @@ class Admitting(Taking, Generic[T]):
         self._delivery = delivery
         self._stream_factory = stream_factory
         self._streams = OpenStreams()
-        self._serial = 0
         self._thread = threading.get_ident()
         self.groups = Groups(sock.family for sock in self._gate.sockets)
         self.options: list[Option] = []
         self.aborted = False
+        capacity.freed = self._freed
 
     def _accept(self, pending: PendingTransport, accept: Accept, *, deliver: bool) -> object:
         if pending.group is not None and self.groups.find(pending.group) is None:
             raise _no_group(pending)
         admission = self._gate.admit(pending._arrival)
         pending._offered = False
-        self._take_place(pending)
         pending._reason = accept.reason
+        # Counted from here, until the descriptor is closed or what is held is released.
+        place = pending._place = Place(self.capacity)
+        if self.capacity.limited:
+            self._limit_reached()
         if isinstance(admission, OwnedSocket):
             if deliver or self.closed:
-                return self._deliver(pending, admission)
+                return self._deliver(pending, admission, place)
             self._to(pending, Status.ADMITTED)
             pending._stay.socket = admission
             self._to(pending, Status.READY)
@@ -104,17 +119,10 @@ class Admitting(Taking, Generic[T]):
         self.consumer.left_place()
         return TO_COME
 
-    def _take_place(self, pending: PendingTransport) -> None:
-        """Count an accepted connection, until what is held for it is released."""
-        place = pending._place = Place(self.capacity, self._freed)
-        if pending._holds is None:
-            pending._holds = [place]
-        else:
-            pending._holds.append(place)
-        if self.capacity.limited:
-            full = self.capacity.overflow()
-            if full is not None and full[0] != "queue":
-                self._loop.call_soon(self._overflow)
+    def _limit_reached(self) -> None:
+        full = self.capacity.overflow()
+        if full is not None and full[0] != "queue":
+            self._loop.call_soon(self._overflow)
 
     # -- admissions that take time
 
@@ -169,21 +177,22 @@ class Admitting(Taking, Generic[T]):
         if pending._status in LOSSES:
             raise self._report(pending)
         sock, pending._stay.socket = pending._stay.socket, None
-        return self._deliver(pending, sock)
+        return self._deliver(pending, sock, pending._place)
 
     # -- the stream
 
-    def _deliver(self, pending: PendingTransport, sock: OwnedSocket) -> tuple[Stream, object]:
+    def _deliver(
+        self, pending: PendingTransport, sock: OwnedSocket, place: Place
+    ) -> tuple[Stream, object]:
         """Make the stream of an accepted connection; also return what becomes of it."""
         if pending._kept:
             pending._stay.taker = IN_HAND
-        serial = self._serial = self._serial + 1
-        group = None if pending.group is None else self.groups.find(pending.group)
-        holds = pending._release_holds()
-        if group is not None:
+        pending._place = group = None
+        holds: list[Release] = [] if pending._holds is None else pending._release_holds()
+        if pending.group is not None and (group := self.groups.find(pending.group)) is not None:
             # First, so that what is released can count on the place in the group.
-            holds = [partial(group._discard, serial), *holds]
-        sock.own(partial(self._over, serial, holds), self._forgotten)
+            holds.insert(0, partial(group._discard, place))
+        sock.own(partial(self._over, place, holds), self._forgotten)
         if self.options:
             inherit_options(sock, self.options)
         if pending._sqos is not None or pending.group is not None:
@@ -194,7 +203,7 @@ class Admitting(Taking, Generic[T]):
                 self._loop,
                 self._watch,
                 self._delivery,
-                pending.caller_id,
+                pending._arrival.caller_id,
                 inherited=self._signals.subscriptions,
             )
         except OSError as error:
@@ -203,16 +212,19 @@ class Admitting(Taking, Generic[T]):
             sock.close()
             raise
         stream.state = pending.state
-        stream._place = pending._place
-        self._streams._add(serial, stream)
+        stream._place = place
+        self._streams._add(place, stream)
         if group is not None:
-            group._add(serial, stream)
+            group._add(place, stream)
         if pending._callee_data:
             _send_callee_data(stream, bytes(pending._callee_data))
         factory = self._stream_factory
         result = stream if factory is None else self._made(factory, stream, pending)
-        self._to(pending, Status.ACCEPTED)
-        self._ledger.settle(pending, Status.ACCEPTED, pending._reason)
+        if pending._kept:
+            self._to(pending, ACCEPTED)
+        else:
+            pending._status = ACCEPTED  # a newcomer may go anywhere
+        self._ledger.settle(pending, ACCEPTED, pending._reason)
         return stream, result
 
     def _made(
@@ -255,13 +267,14 @@ class Admitting(Taking, Generic[T]):
 
     # -- its end
 
-    def _over(self, serial: int, holds: Sequence[Release]) -> None:
+    def _over(self, place: Place, holds: Sequence[Release]) -> None:
         """Note that an accepted connection's descriptor is gone."""
         if threading.get_ident() != self._thread and not self._loop.is_closed():
             # Collected as garbage, wherever the collector ran: releases are for this thread.
-            self._loop.call_soon_threadsafe(self._over, serial, holds)
+            self._loop.call_soon_threadsafe(self._over, place, holds)
             return
-        self._streams._discard(serial)
+        self._streams._discard(place)
+        place.give_back()
         try:
             if holds:
                 self._ledger.release(holds)

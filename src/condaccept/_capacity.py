@@ -124,37 +124,34 @@ class Slots:
 
 
 class Place:
-    """What one accepted connection takes of a listener's capacity; a hold gives it back.
+    """What one accepted connection takes of a listener's capacity, until it is over.
 
     One object for both counts, since every accepted connection has it: streams are counted
-    without a limit, too, for the limit that is set later. *freed* is called when the
-    connection has started, which gives back half of it.
+    without a limit, too, for the limit that is set later.
     """
 
-    __slots__ = ("_capacity", "_freed", "_starting")
+    __slots__ = ("_capacity", "_starting")
 
-    def __init__(self, capacity: Capacity, freed: Callable[[], object]) -> None:
+    def __init__(self, capacity: Capacity) -> None:
         self._capacity = capacity
-        self._freed = freed
         self._starting = True
         capacity.streams.taken += 1
         capacity.starting.taken += 1
 
-    def __call__(self) -> None:
-        """Give it back: the connection is over. Called once, as every hold is."""
-        self._capacity.streams.taken -= 1
-        self._start()
+    def give_back(self) -> None:
+        """Give it back: the connection is over. Called once."""
+        capacity = self._capacity
+        capacity.streams.taken -= 1
+        if self._starting:
+            self._starting = False
+            capacity.starting.taken -= 1
 
     def started(self) -> None:
         """Note that the connection has started; a second call does nothing."""
-        if self._start():
-            self._freed()
-
-    def _start(self) -> bool:
-        was, self._starting = self._starting, False
-        if was:
+        if self._starting:
+            self._starting = False
             self._capacity.starting.taken -= 1
-        return was
+            self._capacity.freed()
 
 
 class Capacity:
@@ -164,7 +161,10 @@ class Capacity:
         streams: Those that are accepted and open.
         starting: Those of them that have not said yet that they have started.
         limited: Whether there is any limit.
+        freed: Called when a connection has started, which gives back half of its place.
     """
+
+    freed: Callable[[], object]
 
     def __init__(self, max_streams: Limit | None, max_starting: Limit | None) -> None:
         # Counted without a limit, too: one may be set while they are open.

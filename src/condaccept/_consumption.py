@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from condaccept._exhaustion import Exhaustion
 from condaccept._moving import LOSSES, TO_OFFER
-from condaccept._pending import Status
+from condaccept._pending import QUEUED, Status
 from condaccept._sockets import descriptor_free
 from condaccept._taking import PER_WAKE_UP
 from condaccept._verdict import Accept, Defer, Reject, Verdict
@@ -283,7 +283,7 @@ class Consumption(abc.ABC, Generic[T]):
 
     def _offer(self, pending: PendingTransport) -> None:
         deciding = self._deciding
-        if pending._kept or pending._status is not Status.QUEUED:
+        if pending._kept or pending._status is not QUEUED:
             if pending._status is Status.READY:
                 self._give_ready(pending)
                 return

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 from condaccept._admitting import TO_COME, Admitting
 from condaccept._delivery import current_task
 from condaccept._moving import IN_HAND, LOSSES, TO_OFFER, closed_error
-from condaccept._pending import Condition, PendingTransport, Status
+from condaccept._pending import REJECTED, Condition, PendingTransport, Status
 from condaccept._verdict import Accept, AnyVerdict, Defer, Reject, Verdict
 from condaccept.exceptions import (
     AcceptInProgressError,
@@ -42,6 +42,7 @@ _DEFER: Final = Defer()
 class Deciding(Admitting[T]):
     """Decides connections, one at a time, for whoever has a condition."""
 
+    __slots__ = ("_first",)
     _first: Consumer
 
     def start(self, consumer: Consumer) -> None:
@@ -222,11 +223,11 @@ class Deciding(Admitting[T]):
             reason = f"callee data of {len(data)} bytes is over the capacity of {capacity}"
             raise CalleeDataError(reason, pending.caller_id)
         if pending._kept:
-            self._to(pending, Status.REJECTED)
+            self._to(pending, REJECTED)
         else:
-            pending._status = Status.REJECTED  # a newcomer may go anywhere
+            pending._status = REJECTED  # a newcomer may go anywhere
         self._gate.refuse(pending._arrival, data)
-        self._ledger.settle(pending, Status.REJECTED, reject.reason)
+        self._ledger.settle(pending, REJECTED, reject.reason)
         return reject
 
     def _defer(self, pending: PendingTransport, defer: Defer) -> Defer:

@@ -13,6 +13,7 @@ from condaccept._sockets import no_qos
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from condaccept._capacity import Place
     from condaccept._stream import Stream
 
 __all__ = ("Groups", "OpenStreams", "StreamGroup")
@@ -28,7 +29,7 @@ class OpenStreams:
     __slots__ = ("_streams",)
 
     def __init__(self) -> None:
-        self._streams: dict[int, weakref.ref[Stream]] = {}
+        self._streams: dict[Place, weakref.ref[Stream]] = {}
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -56,15 +57,15 @@ class OpenStreams:
             if stream is not own:
                 (stream._attachment or stream).abort()
 
-    def _add(self, serial: int, stream: Stream) -> None:
-        self._streams[serial] = weakref.ref(stream)
+    def _add(self, place: Place, stream: Stream) -> None:
+        self._streams[place] = weakref.ref(stream)
 
     def others(self, own: Stream | None) -> bool:
         """Whether a connection is open whose stream is not *own*."""
         return any(own is None or each() is not own for each in self._streams.values())
 
-    def _discard(self, serial: int) -> None:
-        self._streams.pop(serial, None)
+    def _discard(self, place: Place) -> None:
+        self._streams.pop(place, None)
 
 
 class StreamGroup(OpenStreams):

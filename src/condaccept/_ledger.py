@@ -124,7 +124,7 @@ class Ledger:
         """
         self.counts[status] += 1
         pending._offered = False
-        if pending._holds is not None:
+        if pending._holds is not None or pending._place is not None:
             self.release(pending._release_holds())
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug(

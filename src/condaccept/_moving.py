@@ -44,6 +44,8 @@ class Moving(Waking):
         stopped: Whether nothing will be taken any more.
     """
 
+    __slots__ = ("_idle", "_ledger", "_on_full", "_timer", "_timer_at", "_withdraw", "stopped")
+
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,

@@ -21,7 +21,10 @@ from condaccept._verdict import PEEK_LIMIT, AnyVerdict, Defer
 from condaccept.exceptions import CalleeDataError
 
 __all__ = (
+    "ACCEPTED",
     "PEEK_LIMIT",
+    "QUEUED",
+    "REJECTED",
     "Address",
     "Arrival",
     "CalleeData",
@@ -72,6 +75,12 @@ class Status(enum.Enum):
     CLOSED = "closed"
     """Still undecided when the listener closed."""
 
+
+# Python 3.11 finds a member of an Enum by a descriptor and two lookups, a tenth of a
+# microsecond: what every connection goes through has these.
+QUEUED: Final = Status.QUEUED
+ACCEPTED: Final = Status.ACCEPTED
+REJECTED: Final = Status.REJECTED
 
 _LOSSES = frozenset({Status.RESET, Status.EXPIRED})
 _ENDS = _LOSSES | {Status.ACCEPTED, Status.REJECTED, Status.FAILED, Status.CLOSED}
@@ -305,7 +314,7 @@ class PendingTransport:
         self._clock = clock
         self._owner = owner
         self._taken = clock()
-        self._status = Status.QUEUED
+        self._status: Status = QUEUED
         self._offered = False
         self._kept = False  # on the deque
         self._stay = _NO_STAY
@@ -315,7 +324,7 @@ class PendingTransport:
         self._sqos: QOS | None = None
         self._holds: list[Release] | None = None
         self._settled: list[Callable[[Any], object]] | None = None
-        self._place: Any = None  # what an accepted one takes of the capacity
+        self._place: Any = None  # of an accepted one without a stream, in the capacity
         self.callback_data: Any = None
         self.state: Any = None
         self.group: str | None = None
@@ -547,10 +556,11 @@ class PendingTransport:
     def _release_holds(self) -> list[Release]:
         """Hand over what the offer under way holds, in the order of release; it ends."""
         self._offered = False
-        if self._holds is None:
-            return []
-        holds, self._holds = self._holds, None
+        holds, self._holds = self._holds or [], None
         holds.reverse()
+        if self._place is not None:
+            holds.insert(0, self._place.give_back)
+            self._place = None
         return holds
 
 

@@ -6,7 +6,8 @@ import asyncio
 import inspect
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from condaccept._consumption import Consumption
@@ -69,12 +70,13 @@ class Streams(Consumption[T]):
             await self._turn()
         self._streak += 1
         self._iterating += 1
+        deciding = self._deciding
         try:
-            self._deciding.check_reentry()
+            deciding.check_reentry()
             while not self._given:
                 if self._error is not None:
                     raise self._error
-                if self._over or self._finished():
+                if self._over or (deciding.stopped and self._finished()):
                     raise closed_error()
                 self._begin()
                 self._try()
@@ -165,9 +167,9 @@ class Streams(Consumption[T]):
             self._wake()
 
     def left_place(self) -> None:
-        if self._deciding.finished():
+        if self._deciding.stopped and self._deciding.finished():
             self.closed()
-        super().left_place()
+        self._later()
 
     def closed(self) -> None:
         super().closed()
@@ -200,6 +202,7 @@ class Serve(Consumption[T]):
             raise TypeError(message)
         super().__init__(*args)
         self._handler = handler
+        self._is_async = inspect.iscoroutinefunction(handler)
         self._handlers: dict[asyncio.Task[None], Stream] = {}
         self._ending: asyncio.Future[None] | None = None
         self._error: AcceptError | None = None
@@ -272,15 +275,34 @@ class Serve(Consumption[T]):
         return self._deciding.consumer is self
 
     def _give(self, stream: Stream, result: T) -> None:
-        task = self._loop.create_task(self._handle(stream, result))
+        task: asyncio.Task[Any] = self._loop.create_task(self._running(stream, result))
         self._handlers[task] = stream
         # Not in the task: one that is cancelled before its first step runs nothing of it.
         task.add_done_callback(self._handled)
 
-    async def _handle(self, stream: Stream, result: T) -> None:
+    def _running(self, stream: Stream, result: T) -> Coroutine[Any, Any, object]:
+        """Return what the task of a handler runs: the handler's own coroutine if that can be.
+
+        One that is no async function does its work when it is called, which is for its task
+        to do; and where tasks are eager, it begins before its task is known here.
+        """
+        if self._is_async and self._loop.get_task_factory() is None:
+            try:
+                running = self._handler(result)
+            except Exception:  # noqa: BLE001 - in the task it is the handler's
+                return self._handle(stream, result)
+            if type(running) is CoroutineType:
+                return running
+            return self._handle(stream, result, running)
+        return self._handle(stream, result)
+
+    async def _handle(
+        self, stream: Stream, result: T, running: Awaitable[object] | None = None
+    ) -> None:
         if (task := current_task()) is not None:
             self._handlers[task] = stream  # an eager one runs before its maker has it
-        running = self._handler(result)
+        if running is None:
+            running = self._handler(result)
         if not inspect.isawaitable(running):
             message = f"a handler is async, or returns an awaitable: {self._handler!r}"
             raise TypeError(message)
@@ -288,12 +310,12 @@ class Serve(Consumption[T]):
 
     def _handled(self, task: asyncio.Task[None]) -> None:
         stream = self._handlers.pop(task)
-        error = None if task.cancelled() else task.exception()
-        if task.cancelled() or error is not None:
+        if task.cancelled():
             stream.abort()
-        else:
+        elif (error := task.exception()) is None:
             stream.close()
-        if error is not None:
+        else:
+            stream.abort()
             # What a handler makes of its stream being aborted, or reset by the peer, is no
             # fault of it.
             expected = (self._deciding.aborted and isinstance(error, ConnectionAbortedError)) or (

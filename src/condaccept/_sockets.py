@@ -198,8 +198,10 @@ class OwnedSocket(BareSocket):
         return handed
 
     def __del__(self) -> None:
+        if self.fileno() < 0:
+            return  # as nearly always, and there is nothing else to finalize
         forgotten = getattr(self, "_forgotten", None)
-        if forgotten is None or self.fileno() < 0:
+        if forgotten is None:
             # The C finalizer warns of an open descriptor and closes it.
             super().__del__()  # type: ignore[misc]
         else:

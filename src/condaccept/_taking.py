@@ -54,6 +54,18 @@ class Taking(Moving):
         suspended: Whether nothing is taken for the time being.
     """
 
+    __slots__ = (
+        "_cannot_refuse",
+        "_fresh",
+        "_left_queued",
+        "_owner",
+        "_refusal_asked",
+        "_refusing",
+        "_relisten",
+        "capacity",
+        "suspended",
+    )
+
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
@@ -223,13 +235,15 @@ class Taking(Moving):
 
     def _freed(self) -> None:
         """Note that a place was given back: whoever waits for one has it, the oldest first."""
-        self._wake_idle()
-        if self.closed:
-            return
-        if not self._wake_next_free():
+        if self.stopped:
+            self._wake_idle()
+            if self.closed:
+                return
+        if not (self._until_free and self._wake_next_free()):
             self._frees += 1
         self.consumer.left_place()
-        self._listen_if_room()
+        if self._refusing:
+            self._listen_if_room()
 
     # -- taking no more
 

@@ -172,8 +172,8 @@ class Connection:
             self._sock = None
         fd, self.fd = self.fd, -1
         sock = OwnedSocket(*self._kind.arguments, fd)
-        if self._kind.linger is not None:
-            set_linger(sock, self._kind.linger)
+        if (linger := self._kind.linger) is not None:
+            set_linger(sock, linger)
         return sock
 
     def farewell(self) -> BareSocket:
