@@ -98,6 +98,7 @@ class Consumption(abc.ABC, Generic[T]):
         self._deciders: set[asyncio.Task[None]] = set()
         self._pumping = False
         self._again = False
+        self._dry = False  # nobody waits any more who was not told of
         self._soon: asyncio.Handle | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._errors = 0  # of accept(2), one after the other
@@ -191,6 +192,7 @@ class Consumption(abc.ABC, Generic[T]):
         # Those that become due in between come next time: one that is reconsidered by its
         # own condition must not keep the others waiting.
         self._round = len(self._due)
+        self._dry = False
         try:
             for _ in range(PER_WAKE_UP):
                 if not self._wants():
@@ -232,7 +234,7 @@ class Consumption(abc.ABC, Generic[T]):
             return None
         if self._round:
             return self._next_due()
-        if deque.crowded and not (deciding.expires_oldest and deque.deferred):
+        if self._dry or (deque.crowded and not (deciding.expires_oldest and deque.deferred)):
             return None
         try:
             pending = deciding.take()
@@ -241,6 +243,8 @@ class Consumption(abc.ABC, Generic[T]):
             return None
         if self._troubled:
             self._taken(pending)
+        else:
+            self._dry = not self._gate.more
         return pending
 
     def _next_due(self) -> PendingTransport | None:

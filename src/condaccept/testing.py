@@ -232,6 +232,11 @@ class MemoryGate(ConnectedGate):
         """How many wait to be taken; there is no limit."""
         return None
 
+    @property
+    def more(self) -> bool:
+        """Whether somebody waits to be taken."""
+        return bool(self._queue)
+
     def take(self) -> Connection | None:
         """Take the connection that came first."""
         return self._queue.popleft() if self._queue else None

@@ -29,6 +29,13 @@ class Gate(Protocol, Generic[A]):
         """The listening sockets, if there are any."""
 
     @property
+    def more(self) -> bool:
+        """Whether somebody else waited when `take()` took the last one, or found nobody.
+
+        Whoever came later is told of.
+        """
+
+    @property
     def rejecting(self) -> int:
         """How many refused connections are still being told so."""
 

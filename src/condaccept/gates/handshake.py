@@ -117,6 +117,7 @@ class HandshakeGate(ConnectedGate):
         # descriptor before it looks at the queue.
         self._poll = select.poll()
         self._ready: list[tuple[int, int]] = []  # what it said last, and may be old
+        self.more = False
         for lane in self._lanes:
             lane.sock.setblocking(False)
             self._poll.register(lane.fd, select.POLLIN)
@@ -287,13 +288,18 @@ class HandshakeGate(ConnectedGate):
             poll.register(fd, _POLLRDHUP)
             ready = poll.poll(0)
             poll.unregister(fd)
-            hangup = bool(ready) and ready[-1][0] == fd
-            if hangup:
+            hangup = False
+            if ready and ready[-1][0] == fd:
                 ready.pop()
+                hangup = True
             self._ready = ready
-            if not ready:
+            if ready:
+                self.more = True
+            else:
+                self.more = False
                 self._dry()
             return Connection(fd, lane.kind, caller_id, hangup=hangup)
+        self.more = False
         self._dry()
         return None
 
