@@ -293,7 +293,7 @@ class Taking(Moving):
             if pending._status in TO_OFFER:
                 self._enter(pending, Status.QUEUED)
                 # It may have to wait long for its offer.
-                self._gate.watch(pending._arrival, 0, pending._changed)
+                self._gate.watch(pending._arrival, 0, pending)
             self.consumer.became_due(pending)
 
     def refuse_new(self) -> None:

@@ -98,7 +98,7 @@ class Waking:
         pending._stay.wake_at = None
         if hints is not None and hints.until_bytes is not None:
             # Above its mark a socket tells of every further segment.
-            self._gate.watch(pending._arrival, 0, pending._changed)
+            self._gate.watch(pending._arrival, 0, pending)
 
     def wake_all(self, predicate: Callable[[PendingTransport], object] | None) -> None:
         """See `Listener.reconsider()`."""

@@ -170,7 +170,7 @@ class MemoryGate(ConnectedGate):
         if self.closed or self.refusing:
             raise ConnectionRefusedError
         theirs, ours = socket.socketpair()
-        self._queue.append(Connection(ours.detach(), _PAIR, caller_id, hangup=True))
+        self._queue.append(Connection(ours.detach(), _PAIR, caller_id, True))
         self._ready()
         return theirs
 
@@ -238,7 +238,7 @@ class MemoryGate(ConnectedGate):
 
     def admit(self, arrival: Connection) -> OwnedSocket | asyncio.Future[OwnedSocket]:
         """Let a connection in, at once or when the test says so."""
-        if arrival.watched:
+        if arrival.pending is not None:
             self._unwatch(arrival)
         if not self._slow:
             return arrival.own()

@@ -20,9 +20,7 @@ from condaccept._sockets import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from condaccept._pending import Address, Credentials
+    from condaccept._pending import Address, Credentials, PendingTransport
 
 __all__ = ("CALLEE_DATA_CAPACITY", "Connection", "Kind")
 
@@ -60,37 +58,30 @@ class Connection:
 
     A bare descriptor as long as nobody asks more of it: most rejected connections need no
     socket object.
+
+    Attributes:
+        pending: Who is told of what the watch has seen; ``None`` while it is not watched.
+        marked: Whether the kernel was given a number of bytes to tell of.
     """
 
-    __slots__ = (
-        "_kind",
-        "_sock",
-        "_syn",
-        "caller_id",
-        "changed",
-        "fd",
-        "hangup",
-        "marked",
-        "watched",
-    )
+    __slots__ = ("_kind", "_sock", "_syn", "caller_id", "fd", "hangup", "marked", "pending")
 
     capacity = CALLEE_DATA_CAPACITY
 
-    def __init__(self, fd: int, kind: Kind, caller_id: Address, *, hangup: bool) -> None:
+    def __init__(self, fd: int, kind: Kind, caller_id: Address, hangup: bool) -> None:  # noqa: FBT001 - by keyword a call is a sixth dearer, and there is one per connection
         self.fd = fd
         self.caller_id = caller_id
         self.hangup = hangup
-        self.watched = False
         self.marked = False
-        self.changed: Callable[[], object] | None = None  # who is told while it is watched
+        self.pending: PendingTransport | None = None
         self._kind = kind
         self._sock: BareSocket | None = None
         self._syn: bytes | None = None
 
     def __call__(self, _events: int) -> None:
         """Tell that the watch has seen something."""
-        if self.changed is not None:
-            self.changed()
+        if self.pending is not None:
+            self.pending._changed()
 
     @property
     def sock(self) -> BareSocket:

@@ -293,11 +293,11 @@ class HandshakeGate(ConnectedGate):
             self._ready = ready
             if not ready:
                 self._dry()
-            taken.append(Connection(fd, lane.kind, caller_id, hangup=hangup))
+            taken.append(Connection(fd, lane.kind, caller_id, hangup))
         return taken
 
     def admit(self, arrival: Connection) -> OwnedSocket:
-        if arrival.watched:
+        if arrival.pending is not None:
             self._unwatch(arrival)
         return arrival.own()
 
