@@ -13,6 +13,7 @@ from condaccept._sockets import (
     BareSocket,
     OwnedSocket,
     credentials,
+    hung_up,
     peer,
     reset,
     saved_syn,
@@ -111,6 +112,9 @@ class Connection:
         return credentials(self.sock)
 
     def peer(self) -> Peer:
+        # Most are there, and that is told without a socket object, which many have not.
+        if self._sock is None and self.fd >= 0 and not hung_up(self.fd):
+            return Peer.THERE
         return peer(self.sock, tcp=self._kind.tcp)
 
     def peek(self, n: int) -> bytes:
