@@ -621,6 +621,7 @@ async def test_churn_leaves_nothing_behind(memory: Memory) -> None:
                 listener.pending[1].decide(REJECT)
         assert len(listener._deciding._until_free) < 100
         assert len(listener._pending._alarms) < 100
+        assert len(listener._pending._deadlines) < 100
         assert len(listener.pending) == 1
         await cancelled(serve)
 

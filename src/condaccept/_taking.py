@@ -52,7 +52,10 @@ class Taking(Moving):
     Attributes:
         capacity: The limits of open and of starting streams.
         suspended: Whether nothing is taken for the time being.
+        clock: What the age of a connection is measured by.
     """
+
+    clock = staticmethod(time.monotonic)
 
     def __init__(
         self,
@@ -104,12 +107,12 @@ class Taking(Moving):
         except PendingResetError as error:
             # Told of by accept(2), which gave no connection: a loss like any other.
             self._ledger.taken += 1
-            pending = PendingTransport(cast("Arrival", _Nobody()), time.monotonic, self._owner)
+            pending = PendingTransport(cast("Arrival", _Nobody()), self._owner)
             self._book(pending, Status.RESET, error.reason)
             return pending
         if not taken:
             return None
-        pending = PendingTransport(taken[0], time.monotonic, self._owner)
+        pending = PendingTransport(taken[0], self._owner)
         self._ledger.taken += 1
         self._fresh = pending
         if pending._arrival.hangup:

@@ -66,7 +66,7 @@ class Waking:
         self._loop = loop
         self._gate = gate
         self._pending = pending
-        self._until_free: list[tuple[int, PendingTransport]] = []  # by place, some of them old
+        self._until_free: list[PendingTransport] = []  # a heap; some have found their end
         self._frees = 0  # how many places were given back that nobody waited for
         self._frees_before = 0  # the same, when the last offer began
         self.asked: PendingTransport | None = None
@@ -77,7 +77,6 @@ class Waking:
         """Make a deferred connection due; return whether it will be offered again."""
         if pending._status is Status.DEFERRED:
             if not pending._stay.due:
-                pending._stay.due = True
                 self._drop_hints(pending)
                 self.consumer.became_due(pending)
             return True
@@ -87,7 +86,6 @@ class Waking:
         return pending._status is Status.QUEUED
 
     def _hint(self, stay: Stay, defer: Defer) -> None:
-        stay.due = False
         stay.hints = defer
         waits = [each for each in (defer.after, defer.within) if each is not None]
         stay.wake_at = self._loop.time() + min(waits) if waits else None
@@ -135,15 +133,15 @@ class Waking:
             return
         if len(self._until_free) > 2 * self._pending.deferred + 64:
             # Those that have found their end, and nobody has come to.
-            self._until_free = [each for each in self._until_free if each[1]._kept]
+            self._until_free = [each for each in self._until_free if each._kept]
             heapq.heapify(self._until_free)
         pending._stay.in_line = True
-        heapq.heappush(self._until_free, (pending._stay.place, pending))
+        heapq.heappush(self._until_free, pending)
 
     def _wake_next_free(self) -> bool:
         """Have the oldest that waits for a place offered again; whether there is one."""
         while self._until_free and not self.closed:
-            pending = heapq.heappop(self._until_free)[1]
+            pending = heapq.heappop(self._until_free)
             stay = pending._stay
             stay.in_line = False
             if pending._status is Status.DEFERRED and stay.hints and stay.hints.until_free:

@@ -80,6 +80,7 @@ class _FakeArrival:
 
 @attrs.define
 class _FakeOwner:
+    clock: Callable[[], float]
     groups: dict[Any, FlowSpec | None]
 
     def decide(self, pending: PendingTransport, _verdict: AnyVerdict) -> None:
@@ -129,7 +130,7 @@ def pending_transport(
         extra_info or {},
         syn,
     )
-    pending = PendingTransport(arrival, clock, _FakeOwner(dict(groups or {})))
+    pending = PendingTransport(arrival, _FakeOwner(clock, dict(groups or {})))
     pending.callback_data = callback_data
     pending._offered = True
     return pending
