@@ -137,6 +137,17 @@ def test_attributes_of_a_fresh_one() -> None:
     assert repr(pending) == f"<PendingTransport queued caller={pending.caller_id!r}>"
 
 
+def test_the_order_of_taking() -> None:
+    """Of two pending transports the one that was taken first is the lesser one."""
+    times = iter([1.0, 2.0])
+    first, second = (pending_transport(clock=lambda: next(times)) for _ in range(2))
+
+    assert first < second
+    assert not second < first
+    assert not first < first  # noqa: PLR0124 - nobody comes before himself
+    assert first != second
+
+
 def test_credentials_and_peer_closed() -> None:
     """What the other end is and whether it has closed comes from the arrival."""
     who = Credentials(pid=1, uid=2, gid=3)

@@ -149,11 +149,18 @@ class Connection:
         Source: socket(7), SO_RCVLOWAT.
         """
         option = socket.SOL_SOCKET, socket.SO_RCVLOWAT
-        self.sock.setsockopt(*option, n or 1)
-        self.marked = bool(n)
+        kept, sock = self._sock, self.sock
+        sock.setsockopt(*option, n or 1)
         # Where the owner has set SO_RCVBUF the kernel cuts the mark down without a word.
-        if n and (most := self.sock.getsockopt(*option)) < n:
-            self.mark(0)
+        most = sock.getsockopt(*option) if n else 0
+        if n > most:
+            sock.setsockopt(*option, 1)
+        self.marked = 0 < n <= most
+        if kept is None:
+            # Many may wait, and for that the descriptor does.
+            sock.detach()
+            self._sock = None
+        if n > most:
             message = f"{n} bytes cannot wait unread on this socket, {most} can (SO_RCVBUF)"
             raise ValueError(message)
 
