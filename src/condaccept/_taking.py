@@ -55,8 +55,6 @@ class Taking(Moving):
         clock: What the age of a connection is measured by.
     """
 
-    clock = staticmethod(time.monotonic)
-
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
@@ -71,6 +69,7 @@ class Taking(Moving):
         super().__init__(loop, gate, pending, ledger, on_full=on_full, on_eof=on_eof)
         # The whole has what is still missing here.
         self._owner = cast("Owner", self)
+        self.clock = time.monotonic
         self.capacity = capacity
         self.suspended = False
         self._refusing = False  # the kernel refuses newcomers
