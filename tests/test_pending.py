@@ -137,6 +137,17 @@ def test_attributes_of_a_fresh_one() -> None:
     assert repr(pending) == f"<PendingTransport queued caller={pending.caller_id!r}>"
 
 
+def test_the_order_of_taking() -> None:
+    """Of two pending transports the one that was taken first is the lesser one."""
+    times = iter([1.0, 2.0])
+    first, second = (pending_transport(clock=lambda: next(times)) for _ in range(2))
+
+    assert first < second
+    assert not second < first
+    assert not first < first  # noqa: PLR0124 - nobody comes before himself
+    assert first != second
+
+
 def test_credentials_and_peer_closed() -> None:
     """What the other end is and whether it has closed comes from the arrival."""
     who = Credentials(pid=1, uid=2, gid=3)
@@ -785,6 +796,79 @@ def test_a_deadline_while_deciding_that_was_given_back() -> None:
     assert pending.alarms(12, 1000)[0] == entered
 
 
+def test_several_deadlines_while_deciding() -> None:
+    """Those under decision at their deadline expire once each, in whatever order they end."""
+    pending, entered = deque_of(DEFERRED, DEFERRED, DEFERRED)
+    for n, each in enumerate(entered):
+        pending.move(each, DECIDING, 9 + n)
+    later = pending_transport(("192.0.2.9", 9))
+    pending.enter(later, DEFERRED, 5)
+    assert pending.alarms(14, 1000) == ([], [])
+    pending.move(entered[2], DEFERRED, 14)
+    pending.resume(entered[0], 14)
+    pending.move(entered[1], REJECTED, 14)
+
+    assert pending.next_alarm == 10
+    assert serials(pending.alarms(14, 1000)[0]) == [0, 2]
+    assert pending.next_alarm == 15
+    assert pending.alarms(15, 1000) == ([later], [])
+
+
+def test_a_deadline_comes_before_a_hint() -> None:
+    """One whose deadline has come is expired, and not woken as well."""
+    pending, entered = deque_of(DEFERRED, DEFERRED)
+    for each in entered:
+        each._stay.wake_at = 10
+        pending.set_alarm(each)
+
+    assert pending.alarms(10, 1) == (entered[:1], [])
+    assert pending.alarms(10, 1) == (entered[1:], [])
+    assert pending.alarms(10, 1) == ([], [])
+
+
+def test_times_that_come_at_once() -> None:
+    """At one time those that were taken first are woken first, whenever that was asked for."""
+    pending, entered = deque_of(*[DEFERRED] * 5)
+    for each in (entered[3], entered[0], entered[4], entered[1], entered[2]):
+        each._stay.wake_at = 3
+        pending.set_alarm(each)
+
+    assert pending.alarms(3, 1000) == ([], entered)
+
+
+def test_leaving_forgets_the_neighbours() -> None:
+    """One that is kept by somebody does not keep those that were beside it on the deque."""
+    pending, entered = deque_of(*[DEFERRED] * 4)
+    kept = entered.pop(2)
+    witness = _Witness()
+    entered[1].state = witness
+    weak = weakref.ref(witness)
+    pending.move(kept, RESET, 1)
+    pending.report(kept)
+    assert list(pending) == entered
+    del pending, entered, witness
+    gc.collect()
+
+    assert kept.status is RESET
+    assert weak() is None
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+def test_leaving_in_any_order(order: tuple[int, ...]) -> None:
+    """Whoever leaves, those who stay keep their order, and the next goes behind them."""
+    pending, entered = deque_of(*[DEFERRED] * 4)
+    staying = list(entered)
+    for n in order:
+        staying.remove(entered[n])
+        pending.move(entered[n], CLOSED, 1)
+        assert list(pending) == staying
+        assert len(pending) == len(staying)
+        assert pending.oldest_deferred() is (staying[0] if staying else None)
+    last = pending_transport()
+    pending.enter(last, DEFERRED, 2)
+    assert list(pending) == [last]
+
+
 def test_no_deadline() -> None:
     """Without a limit nothing expires."""
     pending, _ = deque_of(DEFERRED, defer_timeout=None)
@@ -813,15 +897,22 @@ def test_decided_ones_leave_no_deadline() -> None:
 
 def test_alarms_of_the_decided_are_bounded() -> None:
     """Ten thousand deferred and decided connections do not pile up behind a waiting one."""
-    pending, _ = deque_of(DEFERRED)
+    pending, entered = deque_of(DEFERRED)
+    entered[0]._stay.wake_at = 5
+    pending.set_alarm(entered[0])
     for n in range(10_000):
         each = pending_transport(("192.0.2.9", n))
         pending.enter(each, DEFERRED, 1)
+        each._stay.wake_at = 6
+        pending.set_alarm(each)
         pending.move(each, DECIDING, 1)
         pending.move(each, REJECTED, 1)
 
     assert len(pending) == 1
     assert len(pending._alarms) < 100
+    assert len(pending._deadlines) < 100
+    assert pending.alarms(5, 1000) == ([], entered)
+    assert pending.alarms(10, 1000) == (entered, [])
 
 
 def test_many_deferrals_of_one_are_bounded() -> None:
@@ -832,8 +923,19 @@ def test_many_deferrals_of_one_are_bounded() -> None:
         pending.move(entered[0], DECIDING, now)
         pending.move(entered[0], DEFERRED, now)
 
-    assert len(pending._alarms) < 100
+    assert len(pending._deadlines) < 100
     assert pending.alarms(20, 1000)[0] == entered
+
+
+def test_many_waits_of_one_are_bounded() -> None:
+    """Ten thousand times, each sooner than the one before, leave few entries behind."""
+    pending, entered = deque_of(DEFERRED)
+    for n in range(10_000):
+        entered[0]._stay.wake_at = 9 - n / 10_000
+        pending.set_alarm(entered[0])
+
+    assert len(pending._alarms) < 100
+    assert pending.alarms(9, 1000) == ([], entered)
 
 
 def test_a_hint_rings_once_and_the_deadline_after_it() -> None:
@@ -1113,7 +1215,8 @@ class DequeMachine(RuleBasedStateMachine):
         assert self.deque.deciding == len(self._any(DECIDING))
         assert self.deque.deciding <= self.max_deciding
         assert self.deque.full == self._full()
-        assert len(self.deque._alarms) <= 2 * max(len(self.rows), 6) + 65
+        for entries in (self.deque._alarms, self.deque._deadlines):
+            assert len(entries) <= 2 * max(len(self.rows), 6) + 65
 
     @invariant()
     def deadlines(self) -> None:
@@ -1130,7 +1233,9 @@ class DequeMachine(RuleBasedStateMachine):
             assert alarm <= min(waiting)
         if alarm is not None:
             # It may ring in vain, for a time that somebody waits for no more.
-            assert alarm in {row.pending._stay.alarm for row in self.rows}
+            assert alarm in {
+                when for row in self.rows for when in (row.deadline, row.pending._stay.alarm)
+            }
 
 
 class UnlimitedMachine(DequeMachine):

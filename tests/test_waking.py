@@ -396,6 +396,46 @@ async def test_the_first_hint_counts(memory: Memory, hints: Defer, *, over: bool
     await cancelled(serve)
 
 
+@pytest.mark.parametrize(
+    "verdict", [DEFER, Defer(after=LONG), Defer(until_bytes=100)], ids=["bare", "time", "bytes"]
+)
+async def test_waiting_takes_no_socket_object(
+    listener: Listener[Stream], dial: Dial, verdict: Any
+) -> None:
+    """Whoever waits has a descriptor and no more, also after a second offer."""
+    script = Script(verdict)
+    serve = await serving(listener, script)
+    client = dial(listener)
+    await script.asked(1)
+    arrival: Any = listener.pending[0]._arrival
+    assert arrival._sock is None
+    listener.reconsider()
+    await script.asked(2)
+    assert arrival._sock is None
+    await cancelled(serve)
+    client.close()
+
+
+async def test_a_socket_that_a_condition_has_stays(listener: Listener[Stream], dial: Dial) -> None:
+    """What a condition got as the socket works on until there is a verdict."""
+    socks: list[Any] = []
+
+    def condition(pending: PendingTransport) -> Defer:
+        socks.append(pending.get_extra_info("socket"))
+        return Defer(until_bytes=100)
+
+    serve = await serving(listener, condition)
+    client = dial(listener)
+    await until(lambda: listener.statistics().deferred)
+    for _ in range(2):
+        assert socks[0].getpeername() == client.getsockname()
+        assert socks[0].getsockopt(*RCVLOWAT) == 100
+        listener.reconsider()
+        await until(lambda: len(socks) > 1)
+    await cancelled(serve)
+    client.close()
+
+
 async def test_a_farewell_takes_the_mark_off(listener: Listener[Stream], dial: Dial) -> None:
     """A rejected caller's last bytes are discarded as they come, whatever was waited for."""
     script = Script(Defer(until_bytes=100))
@@ -621,6 +661,7 @@ async def test_churn_leaves_nothing_behind(memory: Memory) -> None:
                 listener.pending[1].decide(REJECT)
         assert len(listener._deciding._until_free) < 100
         assert len(listener._pending._alarms) < 100
+        assert len(listener._pending._deadlines) < 100
         assert len(listener.pending) == 1
         await cancelled(serve)
 

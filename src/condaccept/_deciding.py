@@ -235,7 +235,7 @@ class Deciding(Admitting[T]):
             self._drop(pending)
             raise closed_error(pending)
         try:
-            self._gate.watch(pending._arrival, defer.until_bytes or 0, pending._changed)
+            self._gate.watch(pending._arrival, defer.until_bytes or 0, pending)
         except ValueError as error:
             raise InvalidVerdictError(str(error), pending.caller_id) from error
         pending.deferrals += 1

@@ -52,6 +52,7 @@ __all__ = (
     "credentials",
     "descriptor_free",
     "descriptor_limit",
+    "hung_up",
     "inherit_options",
     "inherit_reset",
     "linger",
@@ -338,12 +339,18 @@ def peer(sock: RawSocket, *, tcp: bool) -> Peer:
         if state == _TCP_CLOSE:
             return Peer.GONE
         return Peer.SHUT if state == _TCP_CLOSE_WAIT else Peer.THERE
-    poll = select.poll()
-    poll.register(sock, _POLLRDHUP)
-    events = poll.poll(0)
+    events = hung_up(sock.fileno())
     if not events:
         return Peer.THERE
-    return Peer.GONE if events[0][1] & select.POLLERR else Peer.SHUT
+    return Peer.GONE if events & select.POLLERR else Peer.SHUT
+
+
+def hung_up(fd: int) -> int:
+    """Return what poll(2) says of a hangup of *fd*: 0 if the other end is there."""
+    poll = select.poll()
+    poll.register(fd, _POLLRDHUP)
+    events = poll.poll(0)
+    return events[0][1] if events else 0
 
 
 def reset(sock: RawSocket) -> None:

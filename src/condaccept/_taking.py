@@ -52,6 +52,7 @@ class Taking(Moving):
     Attributes:
         capacity: The limits of open and of starting streams.
         suspended: Whether nothing is taken for the time being.
+        clock: What the age of a connection is measured by.
     """
 
     __slots__ = (
@@ -63,6 +64,7 @@ class Taking(Moving):
         "_refusing",
         "_relisten",
         "capacity",
+        "clock",
         "suspended",
     )
 
@@ -80,6 +82,7 @@ class Taking(Moving):
         super().__init__(loop, gate, pending, ledger, on_full=on_full, on_eof=on_eof)
         # The whole has what is still missing here.
         self._owner = cast("Owner", self)
+        self.clock = time.monotonic
         self.capacity = capacity
         self.suspended = False
         self._refusing = False  # the kernel refuses newcomers
@@ -116,13 +119,13 @@ class Taking(Moving):
         except PendingResetError as error:
             # Told of by accept(2), which gave no connection: a loss like any other.
             self._ledger.taken += 1
-            pending = PendingTransport(cast("Arrival", _Nobody()), time.monotonic, self._owner)
+            pending = PendingTransport(cast("Arrival", _Nobody()), self._owner)
             self._book(pending, Status.RESET, error.reason)
             return pending
         if arrival is None:
             return None
         self._ledger.taken += 1
-        pending = self._fresh = PendingTransport(arrival, time.monotonic, self._owner)
+        pending = self._fresh = PendingTransport(arrival, self._owner)
         if arrival.hangup:
             self.look(pending)
         return pending
@@ -306,7 +309,7 @@ class Taking(Moving):
             if pending._status in TO_OFFER:
                 self._enter(pending, Status.QUEUED)
                 # It may have to wait long for its offer.
-                self._gate.watch(pending._arrival, 0, pending._changed)
+                self._gate.watch(pending._arrival, 0, pending)
             self.consumer.became_due(pending)
 
     def refuse_new(self) -> None:

@@ -81,7 +81,7 @@ class Waking:
         self._loop = loop
         self._gate = gate
         self._pending = pending
-        self._until_free: list[tuple[int, PendingTransport]] = []  # by place, some of them old
+        self._until_free: list[PendingTransport] = []  # a heap; some have found their end
         self._frees = 0  # how many places were given back that nobody waited for
         self._frees_before = 0  # the same, when the last offer began
         self.asked: PendingTransport | None = None
@@ -92,7 +92,6 @@ class Waking:
         """Make a deferred connection due; return whether it will be offered again."""
         if pending._status is Status.DEFERRED:
             if not pending._stay.due:
-                pending._stay.due = True
                 self._drop_hints(pending)
                 self.consumer.became_due(pending)
             return True
@@ -102,7 +101,6 @@ class Waking:
         return pending._status is Status.QUEUED
 
     def _hint(self, stay: Stay, defer: Defer) -> None:
-        stay.due = False
         stay.hints = defer
         waits = [each for each in (defer.after, defer.within) if each is not None]
         stay.wake_at = self._loop.time() + min(waits) if waits else None
@@ -113,7 +111,7 @@ class Waking:
         pending._stay.wake_at = None
         if hints is not None and hints.until_bytes is not None:
             # Above its mark a socket tells of every further segment.
-            self._gate.watch(pending._arrival, 0, pending._changed)
+            self._gate.watch(pending._arrival, 0, pending)
 
     def wake_all(self, predicate: Callable[[PendingTransport], object] | None) -> None:
         """See `Listener.reconsider()`."""
@@ -150,15 +148,15 @@ class Waking:
             return
         if len(self._until_free) > 2 * self._pending.deferred + 64:
             # Those that have found their end, and nobody has come to.
-            self._until_free = [each for each in self._until_free if each[1]._kept]
+            self._until_free = [each for each in self._until_free if each._kept]
             heapq.heapify(self._until_free)
         pending._stay.in_line = True
-        heapq.heappush(self._until_free, (pending._stay.place, pending))
+        heapq.heappush(self._until_free, pending)
 
     def _wake_next_free(self) -> bool:
         """Have the oldest that waits for a place offered again; whether there is one."""
         while self._until_free and not self.closed:
-            pending = heapq.heappop(self._until_free)[1]
+            pending = heapq.heappop(self._until_free)
             stay = pending._stay
             stay.in_line = False
             if pending._status is Status.DEFERRED and stay.hints and stay.hints.until_free:

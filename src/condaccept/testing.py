@@ -80,6 +80,7 @@ class _FakeArrival:
 
 @attrs.define
 class _FakeOwner:
+    clock: Callable[[], float]
     groups: dict[Any, FlowSpec | None]
 
     def decide(self, pending: PendingTransport, _verdict: AnyVerdict) -> None:
@@ -129,7 +130,7 @@ def pending_transport(
         extra_info or {},
         syn,
     )
-    pending = PendingTransport(arrival, clock, _FakeOwner(dict(groups or {})))
+    pending = PendingTransport(arrival, _FakeOwner(clock, dict(groups or {})))
     pending.callback_data = callback_data
     pending._offered = True
     return pending
@@ -170,7 +171,7 @@ class MemoryGate(ConnectedGate):
         if self.closed or self.refusing:
             raise ConnectionRefusedError
         theirs, ours = socket.socketpair()
-        self._queue.append(Connection(ours.detach(), _PAIR, caller_id, hangup=True))
+        self._queue.append(Connection(ours.detach(), _PAIR, caller_id, True))
         self._ready()
         return theirs
 
@@ -243,7 +244,7 @@ class MemoryGate(ConnectedGate):
 
     def admit(self, arrival: Connection) -> OwnedSocket | asyncio.Future[OwnedSocket]:
         """Let a connection in, at once or when the test says so."""
-        if arrival.watched:
+        if arrival.pending is not None:
             self._unwatch(arrival)
         if not self._slow:
             return arrival.own()

@@ -9,8 +9,8 @@ from condaccept.gates._farewell import Farewells
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
 
+    from condaccept._pending import PendingTransport
     from condaccept._watch import Watch
     from condaccept.gates._connection import Connection
 
@@ -36,12 +36,12 @@ class ConnectedGate:
         """How many refused connections could not be given the time to read why."""
         return self._farewells.cut_short
 
-    def watch(self, arrival: Connection, n: int, changed: Callable[[], object]) -> None:
-        """Call *changed* when the peer of an undecided connection leaves, or *n* bytes came."""
+    def watch(self, arrival: Connection, n: int, pending: PendingTransport) -> None:
+        """Tell *pending* when its peer leaves, or *n* bytes came."""
         if n or arrival.marked:
             arrival.mark(n)
         interest = READ if n else 0
-        if arrival.watched:
+        if arrival.pending is not None:
             self._watch.modify(arrival.fd, interest)
         elif n or self._watch.tells_hangup:
             try:
@@ -50,12 +50,11 @@ class ConnectedGate:
             except OSError:
                 # fs.epoll.max_user_watches, or no memory: noticed when offered again.
                 return
-            arrival.changed = changed
-            arrival.watched = True
+            arrival.pending = pending
 
     def refuse(self, arrival: Connection, data: bytes) -> None:
         """Refuse a connection; with *data*, the caller is to read that first."""
-        if arrival.watched:
+        if arrival.pending is not None:
             self._unwatch(arrival)
         if data:
             self._farewells.say(arrival.farewell(), data)
@@ -64,12 +63,11 @@ class ConnectedGate:
 
     def forget(self, arrival: Connection) -> None:
         """Drop a connection that found its end without a verdict."""
-        if arrival.watched:
+        if arrival.pending is not None:
             self._unwatch(arrival)
         arrival.reset()
 
     def _unwatch(self, arrival: Connection) -> None:
         # Before the descriptor is closed: its number may come back at once.
-        arrival.watched = False
-        arrival.changed = None
+        arrival.pending = None
         self._watch.unregister(arrival.fd)

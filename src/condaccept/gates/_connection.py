@@ -13,6 +13,7 @@ from condaccept._sockets import (
     BareSocket,
     OwnedSocket,
     credentials,
+    hung_up,
     peer,
     reset,
     saved_syn,
@@ -20,9 +21,7 @@ from condaccept._sockets import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from condaccept._pending import Address, Credentials
+    from condaccept._pending import Address, Credentials, PendingTransport
 
 __all__ = ("CALLEE_DATA_CAPACITY", "Connection", "Kind")
 
@@ -60,37 +59,30 @@ class Connection:
 
     A bare descriptor as long as nobody asks more of it: most rejected connections need no
     socket object.
+
+    Attributes:
+        pending: Who is told of what the watch has seen; ``None`` while it is not watched.
+        marked: Whether the kernel was given a number of bytes to tell of.
     """
 
-    __slots__ = (
-        "_kind",
-        "_sock",
-        "_syn",
-        "caller_id",
-        "changed",
-        "fd",
-        "hangup",
-        "marked",
-        "watched",
-    )
+    __slots__ = ("_kind", "_sock", "_syn", "caller_id", "fd", "hangup", "marked", "pending")
 
     capacity = CALLEE_DATA_CAPACITY
 
-    def __init__(self, fd: int, kind: Kind, caller_id: Address, *, hangup: bool) -> None:
+    def __init__(self, fd: int, kind: Kind, caller_id: Address, hangup: bool) -> None:  # noqa: FBT001 - by keyword a call is a sixth dearer, and there is one per connection
         self.fd = fd
         self.caller_id = caller_id
         self.hangup = hangup
-        self.watched = False
         self.marked = False
-        self.changed: Callable[[], object] | None = None  # who is told while it is watched
+        self.pending: PendingTransport | None = None
         self._kind = kind
         self._sock: BareSocket | None = None
         self._syn: bytes | None = None
 
     def __call__(self, _events: int) -> None:
         """Tell that the watch has seen something."""
-        if self.changed is not None:
-            self.changed()
+        if self.pending is not None:
+            self.pending._changed()
 
     @property
     def sock(self) -> BareSocket:
@@ -120,6 +112,9 @@ class Connection:
         return credentials(self.sock)
 
     def peer(self) -> Peer:
+        # Most are there, and that is told without a socket object, which many have not.
+        if self._sock is None and self.fd >= 0 and not hung_up(self.fd):
+            return Peer.THERE
         return peer(self.sock, tcp=self._kind.tcp)
 
     def peek(self, n: int) -> bytes:
@@ -154,11 +149,18 @@ class Connection:
         Source: socket(7), SO_RCVLOWAT.
         """
         option = socket.SOL_SOCKET, socket.SO_RCVLOWAT
-        self.sock.setsockopt(*option, n or 1)
-        self.marked = bool(n)
+        kept, sock = self._sock, self.sock
+        sock.setsockopt(*option, n or 1)
         # Where the owner has set SO_RCVBUF the kernel cuts the mark down without a word.
-        if n and (most := self.sock.getsockopt(*option)) < n:
-            self.mark(0)
+        most = sock.getsockopt(*option) if n else 0
+        if n > most:
+            sock.setsockopt(*option, 1)
+        self.marked = 0 < n <= most
+        if kept is None:
+            # Many may wait, and for that the descriptor does.
+            sock.detach()
+            self._sock = None
+        if n > most:
             message = f"{n} bytes cannot wait unread on this socket, {most} can (SO_RCVBUF)"
             raise ValueError(message)
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Sequence
 
-    from condaccept._pending import Arrival
+    from condaccept._pending import Arrival, PendingTransport
     from condaccept._sockets import Option, OwnedSocket
 
 __all__ = ("Gate",)
@@ -75,11 +75,11 @@ class Gate(Protocol, Generic[A]):
                 `PendingResetError`, which is about a connection that is gone.
         """
 
-    def watch(self, arrival: A, n: int, changed: Callable[[], object]) -> None:
-        """Call *changed* when the peer of an undecided connection leaves, soon after.
+    def watch(self, arrival: A, n: int, pending: PendingTransport) -> None:
+        """Call ``pending._changed()`` when its peer leaves, soon after.
 
-        With *n*, also when *n* bytes can be peeked, or maybe sooner. Called again for the
-        same arrival it changes *n*, and *changed* stays.
+        *pending* is the pending transport that was made of *arrival*. With *n*, also when
+        *n* bytes can be peeked, or maybe sooner. Called again it changes *n*.
 
         Raises:
             ValueError: The connection cannot hold *n* bytes unread.

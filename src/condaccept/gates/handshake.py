@@ -298,13 +298,13 @@ class HandshakeGate(ConnectedGate):
             else:
                 self.more = False
                 self._dry()
-            return Connection(fd, lane.kind, caller_id, hangup=hangup)
+            return Connection(fd, lane.kind, caller_id, hangup)
         self.more = False
         self._dry()
         return None
 
     def admit(self, arrival: Connection) -> OwnedSocket:
-        if arrival.watched:
+        if arrival.pending is not None:
             self._unwatch(arrival)
         return arrival.own()
 
