@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 import weakref
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from condaccept._events import Event, Signals, Subscription
 from condaccept._watch import HANGUP, READ, URGENT, WRITE
@@ -36,6 +36,9 @@ AT_ONCE: Final = 256 * 1024
 IN_A_ROW: Final = 32
 """Operations that complete at once before one yields: without it a fast peer keeps a
 reading task running while every timer of the loop waits."""
+
+NOTHING: Final = cast("bytearray", b"")
+"""In place of a bytearray that most streams never need. Nobody can add to it by mistake."""
 
 EVENTS: Final = (Event.READ, Event.WRITE, Event.CLOSE, Event.OOB)
 """What a stream can tell of."""
@@ -101,8 +104,8 @@ class Channel:
         self._delivery = delivery
         self.caller_id = caller_id
         self.state: Any = None
-        self._buffer = bytearray()  # unsent
-        self._inbox = bytearray()  # received in search of a separator, unread
+        self._buffer = NOTHING  # unsent
+        self._inbox = NOTHING  # received in search of a separator, unread
         # Wait for the socket, in the watch:
         self._registered = False
         self._plain = False  # registered, and so far nothing but bytes came and went
@@ -442,7 +445,7 @@ class Channel:
         self._broken = (self._peer_error or error).with_traceback(None)
         self._plain = False
         self._unsent = bool(self._buffer)
-        self._buffer.clear()
+        self._buffer = NOTHING
         self._blocked = False
         self._let_go()
         self._wake_reader()

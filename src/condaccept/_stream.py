@@ -14,7 +14,7 @@ import sys
 from asyncio.trsock import TransportSocket
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from condaccept._channel import AT_ONCE, CHUNK, EVENTS, IN_A_ROW, Channel
+from condaccept._channel import AT_ONCE, CHUNK, EVENTS, IN_A_ROW, NOTHING, Channel
 from condaccept._events import Event, EventCallback, Signals, Subscription
 from condaccept._pending import PEEK_LIMIT
 from condaccept._sockets import reset
@@ -294,7 +294,10 @@ class Stream(Channel):
     async def _fill(self) -> bool:
         """Receive more; False at the end of the stream. Cancelled, it has lost nothing."""
         data = await self._read(CHUNK)
-        self._inbox += data
+        if self._inbox:
+            self._inbox += data
+        else:
+            self._inbox = bytearray(data)
         return bool(data)
 
     async def _from_inbox(self, n: int) -> bytes:
@@ -308,7 +311,8 @@ class Stream(Channel):
 
     def _take(self, n: int) -> bytes:
         taken = bytes(self._inbox[:n])
-        del self._inbox[:n]
+        if taken:
+            del self._inbox[:n]
         if self._eof and not self._inbox and not self._ended:
             self._tell_end()
         elif self._signals is not None:
@@ -450,7 +454,10 @@ class Stream(Channel):
                 self._break(error)
                 raise self._why_not() from self._broken
         if sent < len(data):
-            self._buffer += memoryview(data)[sent:]
+            if self._buffer:
+                self._buffer += data
+            else:
+                self._buffer = bytearray(memoryview(data)[sent:])
             self._paused = self._paused or len(self._buffer) > HIGH
             self._block()
             if self._broken is not None:
@@ -688,7 +695,7 @@ class Stream(Channel):
         self._closing = True
         self._plain = False
         self._wake_reader()
-        self._buffer.clear()
+        self._buffer = NOTHING
         if self._sock.fileno() >= 0:
             if self._registered:
                 self._unregister()
