@@ -28,13 +28,16 @@ class Job(NamedTuple):
     """Bytes in a request, and in its echo."""
     connections: int
     """Each with one request under way."""
+    first: bool = False
+    """Whether nobody has called the server before: asked first, and without a warm-up."""
 
     def __str__(self) -> str:
         size = f"{self.size} B" if self.size % KB else f"{self.size // KB} KB"
-        return f"{size}, {self.connections} connection{'s' if self.connections > 1 else ''}"
+        first = "the first " if self.first else ""
+        return f"{size}, {first}{self.connections} connection{'s' if self.connections > 1 else ''}"
 
 
-JOBS = (Job(64, 1), Job(64, 32), Job(60 * KB, 1), Job(60 * KB, 8))
+JOBS = (Job(64, 32, first=True), Job(64, 1), Job(64, 32), Job(60 * KB, 1), Job(60 * KB, 8))
 
 
 class Settings(NamedTuple):
@@ -105,8 +108,11 @@ def measure(
             ]
             for job in JOBS:
                 for contestant, pid, port in running:
-                    asked = (*load, str(port), *map(str, job))
-                    warm_up = output((*asked, str(settings.warm_up)), cores.load)
+                    asked = (*load, str(port), str(job.size), str(job.connections))
+                    early = 0
+                    if not job.first:
+                        warm_up = output((*asked, str(settings.warm_up)), cores.load)
+                        early = int(warm_up.split()[1])
                     before = Usage.of(pid)
                     printed = output((*asked, str(settings.milliseconds)), cores.load)
                     cpu = Usage.of(pid).cpu_ns - before.cpu_ns
@@ -117,7 +123,7 @@ def measure(
                         loop=contestant.loop,
                         name=contestant.name,
                         requests=requests,
-                        wrong=wrong + int(warm_up.split()[1]),
+                        wrong=wrong + early,
                         rate=requests / max(took, 1) * 1e9,
                         cpu_us=cpu / max(requests, 1) / 1000,
                         p50=p50 / 1000,

@@ -293,6 +293,20 @@ async def test_tasks_do_not_pile_up(pair: Pair) -> None:
     assert stream._delivery not in _AT_WORK
 
 
+async def test_read_is_told_again_to_who_subscribed_late(pair: Pair) -> None:
+    """READ is armed by each read, also on a stream that had waited before anybody subscribed."""
+    stream, client = pair
+    task = await parked(stream.read(10))
+    client.sendall(b"a")
+    assert await task == b"a"
+    log = Log()
+    stream.on(Event.READ, log)
+    for n in range(1, 4):
+        client.sendall(b"b")
+        await log.count(n)
+        assert await stream.read(10) == b"b"
+
+
 async def test_no_bookkeeping_without_subscribers(listener: Listener[Stream], dial: Dial) -> None:
     """A stream that nobody subscribed to has nothing but a reference to the delivery."""
     dial(listener)

@@ -282,7 +282,7 @@ def test_benchmark_of_streams() -> None:
 
     for loop in ("asyncio", "uvloop"):
         for name in ("asyncio streams", "protocol", r"condaccept send\(\)", r"condaccept write"):
-            assert len(re.findall(rf"{loop} +{name}.*\d%", printed)) == 4
+            assert len(re.findall(rf"{loop} +{name}.*\d%", printed)) == 5
     assert "and 0 connections went wrong" in printed
 
 

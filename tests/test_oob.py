@@ -102,6 +102,19 @@ async def test_read_oob_after_a_wait(each: Pair) -> None:
     assert await task == b"d"
 
 
+async def test_reads_go_on_after_an_urgent_byte(each: Pair) -> None:
+    """Reads that wait when an urgent byte has come, or came, get what comes besides it."""
+    stream, client = each
+    task = await parked(stream.read(10))
+    urge(client, b"a!")
+    assert await task == b"a"
+    await until(lambda: stream.read_oob() == b"!")
+    for data in (b"b", b"c"):
+        task = await parked(stream.read(10))
+        client.sendall(data)
+        assert await task == data
+
+
 async def test_an_urgent_byte_that_a_read_has_passed(each: Pair) -> None:
     """Without a subscriber the kernel drops an urgent byte that a read has passed."""
     stream, client = each

@@ -1019,6 +1019,7 @@ async def test_short_reads_of_a_unix_stream(tmp_path: Path) -> None:
             assert await first == b"x"
             socket.send_fds(client, [b"abc"], [client.fileno()])
             client.sendall(b"def")
+            await caught_up()  # the edge of both is spent
             got = b""
             async with asyncio.timeout(LIMIT):
                 while len(got) < 6:

@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 import weakref
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from condaccept._events import Event, Signals, Subscription
 from condaccept._watch import HANGUP, READ, URGENT, WRITE
@@ -36,6 +36,9 @@ AT_ONCE: Final = 256 * 1024
 IN_A_ROW: Final = 32
 """Operations that complete at once before one yields: without it a fast peer keeps a
 reading task running while every timer of the loop waits."""
+
+NOTHING: Final = cast("bytearray", b"")
+"""In place of a bytearray that most streams never need. Nobody can add to it by mistake."""
 
 EVENTS: Final = (Event.READ, Event.WRITE, Event.CLOSE, Event.OOB)
 """What a stream can tell of."""
@@ -62,17 +65,20 @@ class Channel:
         "_end",
         "_ended",
         "_eof",
+        "_fd",
         "_inbox",
         "_loop",
         "_paused",
         "_peer_error",
         "_place",
+        "_plain",
         "_reader",
         "_reading",
         "_registered",
         "_signals",
         "_sock",
         "_streak",
+        "_tcp",
         "_turned",
         "_unsent",
         "_waiters",
@@ -98,10 +104,11 @@ class Channel:
         self._delivery = delivery
         self.caller_id = caller_id
         self.state: Any = None
-        self._buffer = bytearray()  # unsent
-        self._inbox = bytearray()  # received in search of a separator, unread
+        self._buffer = NOTHING  # unsent
+        self._inbox = NOTHING  # received in search of a separator, unread
         # Wait for the socket, in the watch:
         self._registered = False
+        self._plain = False  # registered, and so far nothing but bytes came and went
         self._dry = False  # the last read took all there was
         self._end = False  # a hangup or an urgent byte was told: short reads prove nothing
         self._blocked = False  # a send met EAGAIN
@@ -143,6 +150,9 @@ class Channel:
         if self._streak >= IN_A_ROW:
             await self._turn()
         self._streak += 1
+        return await self._read_on(n)
+
+    async def _read_on(self, n: int) -> bytes:
         while True:
             if self._broken is not None or self._closing:
                 raise await self._refusal()
@@ -162,28 +172,15 @@ class Channel:
             self._set_urgent_aside(self._signals)
         try:
             data = self._sock.recv(n, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            if self._registered:
-                self._dry = True
-                self._watch.dry(self._sock.fileno())
-            else:
-                # No edge is told of what came before it, so once more.
-                self._register_or_break()
-            return None
         except OSError as error:
-            self._break(error)
+            self._receive_nothing(error)
             return None
         if not data:
             return self._receive_end()
         # A short read has taken all there was, unless it stopped for another reason: at an
         # urgent byte, or, on a Unix socket, at descriptors that were sent along. And a FIN
         # that came with the data gives no further edge.
-        if (
-            self._registered
-            and len(data) < n
-            and not self._end
-            and self._sock.proto == socket.IPPROTO_TCP
-        ):
+        if self._registered and len(data) < n and not self._end and self._tcp:
             self._dry = True
             if not self._watch.tells_edges:
                 self._watch.dry(self._sock.fileno())
@@ -192,23 +189,37 @@ class Channel:
             self._look_again()
         return data
 
+    def _receive_nothing(self, error: OSError) -> None:
+        if not isinstance(error, BlockingIOError):
+            self._break(error)
+        elif self._registered:
+            self._dry = True
+            self._watch.dry(self._sock.fileno())
+        else:
+            # No edge is told of what came before it, so once more.
+            self._register_or_break()
+
     def _receive_end(self) -> bytes | None:
         if self._peer_error is not None:
             self._break(self._peer_error)
             return None
         self._eof = True
+        self._plain = False
         if not self._inbox:
             self._tell_end()
         return b""
 
     async def _readable(self) -> None:
-        self._reader = self._loop.create_future()
+        self._reader = reader = self._loop.create_future()
         self._streak = 0
         self._watch.needed.add(self)
+        if self._plain:
+            self._watch.waiting[self._fd] = reader
         try:
-            await self._reader
+            await reader
         finally:
             self._reader = None
+            self._dry = False
             self._let_go()
 
     def _look_again(self) -> None:
@@ -302,6 +313,7 @@ class Channel:
             return b""
         # A read still stops where it was.
         self._end = True
+        self._plain = False
         return urgent
 
     def _failure(self) -> OSError | None:
@@ -335,19 +347,20 @@ class Channel:
 
         def ready(events: int) -> None:
             stream = mine()
-            if stream is None:
-                return
-            if events == READ and stream._signals is None and not stream._blocked:
-                # What `_ready()` comes to then: see the comment in `Stream.read()`.
-                stream._dry = False
-                reader = stream._reader
-                if reader is not None and not reader.done():
-                    reader.set_result(None)
-            else:
+            if stream is not None:
                 stream._ready(events)
 
-        self._watch.register(self._sock.fileno(), self._interest(), ready)
+        self._fd = self._sock.fileno()
+        self._watch.register(self._fd, self._interest(), ready)
         self._registered = True
+        self._tcp = self._sock.proto == socket.IPPROTO_TCP
+        # One test in `read()` and `write()` in place of eight.
+        self._plain = (
+            self._watch.tells_edges
+            and self._signals is None
+            and self._broken is None
+            and not (self._end or self._eof or self._write_eof or self._closing)
+        )
 
     def _register_or_break(self) -> None:
         try:
@@ -358,13 +371,14 @@ class Channel:
             self._break(error)
 
     def _unregister(self) -> None:
-        self._registered = False
-        self._watch.unregister(self._sock.fileno())
+        self._registered = self._plain = False
+        self._watch.unregister(self._fd)
 
     def _ready(self, events: int) -> None:
         """Act on an edge of the watch: a hint, nothing is decided by it."""
         if events & (HANGUP | URGENT):
             self._end = True
+            self._plain = False
         if events & (READ | HANGUP):
             self._dry = False
             self._wake_reader()
@@ -429,8 +443,9 @@ class Channel:
         # A reset that an event took from the socket leaves EPIPE for the next call. And the
         # traceback would keep the callers' frames, with this stream in them, for later.
         self._broken = (self._peer_error or error).with_traceback(None)
+        self._plain = False
         self._unsent = bool(self._buffer)
-        self._buffer.clear()
+        self._buffer = NOTHING
         self._blocked = False
         self._let_go()
         self._wake_reader()

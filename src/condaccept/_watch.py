@@ -53,6 +53,9 @@ class Watch(Protocol):
     """What has to live as long as the watch does, though nobody else may have it: streams
     that somebody waits on, that have something to send or someone to tell. asyncio has but
     weak references to tasks; one that waits would be collected together with its stream."""
+    waiting: dict[int, asyncio.Future[None]]
+    """Who is to be woken by an edge of READ and nothing else, in place of the callback, where
+    `tells_edges`: a call less for each edge. Taken out by that; one that is done is ignored."""
 
     def release(self) -> None:
         """Note that its listener is gone: it closes itself while nothing is registered."""
@@ -85,6 +88,7 @@ class EpollWatch:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self.needed: set[object] = set()
+        self.waiting: dict[int, asyncio.Future[None]] = {}
         self._owned = True
         self._callbacks: dict[int, Callback] = {}
         # Made at once: without a free descriptor it could not be made later.
@@ -105,6 +109,7 @@ class EpollWatch:
     def unregister(self, fd: int) -> None:
         if self._callbacks.pop(fd, None) is None or self._epoll is None:
             return
+        self.waiting.pop(fd, None)
         try:
             self._epoll.unregister(fd)
         except OSError:
@@ -138,9 +143,20 @@ class EpollWatch:
         if self._epoll is None:
             return
         callbacks = self._callbacks
+        waiting = self.waiting
         # The whole batch is mapped to callbacks before the first is called: one of them
-        # may close a descriptor whose number the next connection gets.
-        batch = [(fd, events, callbacks.get(fd)) for fd, events in self._epoll.poll(0, BATCH)]
+        # may close a descriptor whose number the next connection gets. Waking a future calls
+        # nobody yet.
+        batch = []
+        for fd, events in self._epoll.poll(0, BATCH):
+            if (
+                events == READ
+                and (reader := waiting.pop(fd, None)) is not None
+                and not reader.done()
+            ):
+                reader.set_result(None)
+            else:
+                batch.append((fd, events, callbacks.get(fd)))
         for fd, events, callback in batch:
             if callback is not None and callbacks.get(fd) is callback:
                 callback(events)
@@ -161,6 +177,7 @@ class ReaderWatch:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self.needed: set[object] = set()
+        self.waiting: dict[int, asyncio.Future[None]] = {}
         self._callbacks: dict[int, Callback] = {}
 
     def release(self) -> None:
