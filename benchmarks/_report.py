@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from statistics import median
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 from _contestants import C_LOOP, START_SERVER
 
@@ -57,8 +57,12 @@ def summarise(samples: Iterable[Sample]) -> list[Row]:
     ]
 
 
+@overload
+def ratio(cost: Sequence[float], baseline: Sequence[float]) -> float: ...
+@overload
+def ratio(cost: Sequence[float], baseline: Sequence[float] | None) -> float | None: ...
 def ratio(cost: Sequence[float], baseline: Sequence[float] | None) -> float | None:
-    """Return the median of the ratios within each round."""
+    """Return the median of the ratios within each round; None without a baseline."""
     if baseline is None:
         return None
     return median(ours / theirs for ours, theirs in zip(cost, baseline, strict=True))

@@ -79,7 +79,7 @@ class Row(NamedTuple):
     median: float
     lowest: float
     highest: float
-    times_first: float | None
+    times_first: float
     """To the smallest number of connections: the median of the ratios within each round."""
 
 

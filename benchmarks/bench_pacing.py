@@ -114,9 +114,9 @@ def summarise(samples: Sequence[Sample]) -> list[Row]:
             sample.seconds / base.seconds
             for sample, base in zip(cell, cells[loop, UNPACED], strict=True)
         ]
-        milliseconds = (1000 * each(times) for each in (median, min, max))
+        middle, lowest, highest = (1000 * each(times) for each in (median, min, max))
         reached = median(sample.received for sample in cell) / median(times)
-        rows.append(Row(loop, rate, *milliseconds, reached, median(ratios)))
+        rows.append(Row(loop, rate, middle, lowest, highest, reached, median(ratios)))
     return rows
 
 
