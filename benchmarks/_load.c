@@ -1,10 +1,11 @@
 /* Load generator: COUNT connections to 127.0.0.1:PORT, BURST of them at a time.
  *
- *     _load PORT COUNT BURST   ->   prints "SERVED RESET WRONG"
+ *     _load PORT COUNT BURST   ->   prints "SERVED RESET EMPTY WRONG NANOSECONDS"
  *
  * A burst is started whole and must have ended whole before the next begins.
  * SERVED got exactly "hello" and then EOF, RESET got a reset and not one byte,
- * and WRONG is everything else.
+ * EMPTY an EOF and not one byte, and WRONG is everything else. NANOSECONDS is
+ * what all of it took by the wall.
  *
  * It never sleeps: a server on the same machine would pay for waking it, and no
  * server pays for waking a client at the other end of a network.
@@ -22,7 +23,7 @@
 #include "_load_common.h"
 
 enum { MAX_BURST = 512, LIFETIME = 120 /* seconds, then SIGALRM ends it */ };
-enum outcome { SERVED, RESET, WRONG, OPEN };
+enum outcome { SERVED, RESET, EMPTY, WRONG, OPEN };
 
 static const char greeting[] = "hello";
 static struct pollfd clients[MAX_BURST];
@@ -40,6 +41,8 @@ static enum outcome read_on(int i)
                 return WRONG;
         } else if (n == 0) {
             size_t want = sizeof greeting - 1;
+            if (got_len[i] == 0)
+                return EMPTY;
             return got_len[i] == want && !memcmp(got[i], greeting, want) ? SERVED : WRONG;
         } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
             return OPEN;
@@ -112,11 +115,13 @@ int main(int argc, char **argv)
     if (burst < 1 || burst > MAX_BURST)
         return 2;
     alarm(LIFETIME);
+    long long before = now();
     while (count > 0) {
         int size = count < burst ? (int)count : burst;
         run_burst(&server, size);
         count -= size;
     }
-    printf("%ld %ld %ld\n", counts[SERVED], counts[RESET], counts[WRONG]);
+    printf("%ld %ld %ld %ld ", counts[SERVED], counts[RESET], counts[EMPTY], counts[WRONG]);
+    printf("%lld\n", now() - before);
     return 0;
 }

@@ -1,6 +1,7 @@
 """The load generator where there is no C compiler: _load.c in Python, with the same promises.
 
-``python _load.py PORT COUNT BURST`` prints ``SERVED RESET WRONG``.
+``python _load.py PORT COUNT BURST`` prints
+``SERVED RESET EMPTY WRONG NANOSECONDS``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import struct
 import sys
 from collections import Counter
 from enum import Enum
+from time import monotonic_ns
 
 LIFETIME = 120  # seconds
 GREETING = b"hello"
@@ -25,6 +27,7 @@ class Outcome(Enum):
 
     SERVED = "exactly the greeting, then EOF"
     RESET = "a reset, and not one byte"
+    EMPTY = "EOF, and not one byte"
     WRONG = "anything else"
 
 
@@ -56,6 +59,8 @@ class Client:
             return Outcome.WRONG if self.got else Outcome.RESET
         except OSError:
             return Outcome.WRONG
+        if not self.got:
+            return Outcome.EMPTY
         return Outcome.SERVED if self.got == GREETING else Outcome.WRONG
 
 
@@ -86,11 +91,12 @@ def main() -> None:
     port, count, burst = map(int, sys.argv[1:])
     signal.alarm(LIFETIME)
     outcomes = Counter[Outcome]()
+    before = monotonic_ns()
     while count > 0:
         size = min(count, burst)
         run_burst(port, size, outcomes)
         count -= size
-    print(*(outcomes[outcome] for outcome in Outcome))
+    print(*(outcomes[outcome] for outcome in Outcome), monotonic_ns() - before)
 
 
 if __name__ == "__main__":

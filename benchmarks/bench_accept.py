@@ -1,4 +1,4 @@
-"""Server CPU time per connection: condaccept beside a C loop and `asyncio.start_server`.
+"""Server CPU time per connection: condaccept beside a C loop, HAProxy, nginx and asyncio.
 
     python benchmarks/bench_accept.py [--loop asyncio|uvloop|both] [--quick] [--json FILE]
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import _cli
+import _proxies
 from _build import compile_c, generator
 from _contestants import contestants
 from _measure import Load, Settings, measure
@@ -45,7 +46,7 @@ def main() -> int:
         print(line)
     errors = sum(sample.errors for sample in samples)
     total = len(samples) * settings.connections
-    machine = _cli.describe(cores, language)
+    machine = _cli.describe(cores, language) | _proxies.versions()
     result = _cli.Result(machine, settings, everybody, rows, samples)
     result.end(f"{errors} of {total} connections ended the wrong way", options.json)
     return 1 if errors else 0
