@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 LOOPS = ("asyncio", "uvloop")
 MAX_ROUNDS = 100
+# What a child can do in the 120 seconds that it gives itself, and what _load.c has room for.
+MAX_CONNECTIONS, MAX_BURST = 100_000, 512
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -31,6 +33,16 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="everything once, to see that it works; no numbers")
     add("--json", type=Path, metavar="FILE", help="also write every sample there")
     return parser
+
+
+def accepting(doc: str | None) -> argparse.ArgumentParser:
+    """Return the same, for scripts that measure what accepting costs."""
+    accepting = parser(doc)
+    add = accepting.add_argument
+    add("--connections", type=up_to(MAX_CONNECTIONS), metavar="N", help="per measurement")
+    bursts = some_up_to(MAX_BURST)
+    add("--bursts", type=bursts, metavar="N,N", help="connections at a time; default 1,64")
+    return accepting
 
 
 def loops(options: argparse.Namespace) -> Sequence[str]:

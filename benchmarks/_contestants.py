@@ -40,6 +40,16 @@ GUARDS = {
 }
 """What `_serve_flood.py` takes, and the name in the table."""
 
+CONSTANT = "a constant"
+CONDITIONS = {
+    "none": "no condition",
+    "constant": CONSTANT,
+    "looks": "address and data",
+    "at_once": "async, at once",
+    "turn": "async, one turn of the loop",
+}
+"""What `_serve_conditions.py` takes, and the name in the table."""
+
 
 class Contestant(NamedTuple):
     """A server under measurement."""

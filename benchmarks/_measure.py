@@ -54,10 +54,15 @@ class Load(NamedTuple):
 
     command: tuple[str, ...]
     core: int
+    request: int = 0
+    """Bytes that a client sends at once if it is to be rejected. One that is served sends
+    none: left unread, they would make a reset of its end."""
 
     def run(self, port: int, ending: str, count: int, burst: int) -> tuple[int, float]:
         """Make *count* connections; return how many had another *ending*, and the seconds."""
-        printed = output((*self.command, str(port), str(count), str(burst)), self.core)
+        request = 0 if ending == "served" else self.request
+        asked = (*self.command, *map(str, (port, count, burst, request)))
+        printed = output(asked, self.core)
         *counts, took = map(int, printed.split())
         ended = dict(zip(("served", "reset", "empty", "wrong"), counts, strict=True))
         return count - ended[ending], took / 1e9

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import _cli
 import _proxies
@@ -19,18 +18,13 @@ from _measure import Load, Settings, measure
 from _process import Cores
 from _report import summarise, tables
 
-if TYPE_CHECKING:
-    import argparse
-
 FULL = Settings(rounds=9, connections=5000, bursts=(1, 64), warm_up=500)
 QUICK = Settings(rounds=1, connections=128, bursts=(1, 64), warm_up=64)
-# What a child can do in the 120 seconds that it gives itself, and what _load.c has room for.
-MAX_CONNECTIONS, MAX_BURST = 100_000, 512
 
 
 def main() -> int:
     """Measure and print; the exit status is 1 if a connection ended the wrong way."""
-    options = parse()
+    options = _cli.accepting(__doc__).parse_args()
     cores = Cores.choose()
     settings = _cli.amounts(options, FULL, QUICK)
 
@@ -50,20 +44,6 @@ def main() -> int:
     result = _cli.Result(machine, settings, everybody, rows, samples)
     result.end(f"{errors} of {total} connections ended the wrong way", options.json)
     return 1 if errors else 0
-
-
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = _cli.parser(__doc__)
-    add = parser.add_argument
-    add("--connections", type=_cli.up_to(MAX_CONNECTIONS), metavar="N", help="per measurement")
-    add(
-        "--bursts",
-        type=_cli.some_up_to(MAX_BURST),
-        metavar="N,N",
-        help="connections at a time; default 1,64",
-    )
-    return parser.parse_args()
 
 
 if __name__ == "__main__":
