@@ -53,27 +53,32 @@ help:  ## show this
 	@echo 'make TARGET [PYTHON=python3.12] [VENV=.venv]'
 	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  \1:\2/p' Makefile | awk -F: '{ printf "%-12s%s\n", $$1, $$2 }'
 
-# Three stages, each holding the one before it. pyproject.toml is all that an editable install depends on.
+# Four stages, each holding the one before it. pyproject.toml is all that an editable install depends on.
 
 $(VENV)/.run: pyproject.toml $(python) | same-python
 	@echo 'Installing condaccept into $(VENV)'
 	@$(pip) .
 	@touch $@
 
+$(VENV)/.plot: pyproject.toml $(python) | same-python
+	@echo 'Installing condaccept and what draws the benchmarks into $(VENV)'
+	@$(pip) '.[plot]'
+	@touch $(VENV)/.run $@
+
 $(VENV)/.test: pyproject.toml $(python) | same-python
 	@echo 'Installing condaccept and what its tests need into $(VENV)'
 	@$(pip) '.[test]'
-	@touch $(VENV)/.run $@
+	@touch $(VENV)/.run $(VENV)/.plot $@
 
 $(VENV)/.dev: pyproject.toml $(python) | same-python
 	@echo 'Installing condaccept and the tools of its developers into $(VENV)'
 	@$(pip) '.[dev]'
-	@touch $(VENV)/.run $(VENV)/.test $@
+	@touch $(VENV)/.run $(VENV)/.plot $(VENV)/.test $@
 
 # When the interpreter behind the environment is gone, it is made again, and make has to be told that what was
 # installed went with it: the new interpreter may be older than the stamps that make remembers.
 ifeq ($(realpath $(python)),)
-$(VENV)/.run $(VENV)/.test $(VENV)/.dev: FORCE
+$(VENV)/.run $(VENV)/.plot $(VENV)/.test $(VENV)/.dev: FORCE
 FORCE:
 endif
 

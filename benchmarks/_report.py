@@ -7,6 +7,7 @@ from statistics import median
 from typing import TYPE_CHECKING, NamedTuple, overload
 
 from _contestants import C_LOOP, HAPROXY, START_SERVER
+from _plot import Bar, Panel, is_ours
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ TITLES = {
     "accept": "accept: accept, write 5 bytes, close",
 }
 UNIT = "CPU time of the server, user + system, in µs per connection"
+SHORT_UNIT = "CPU time of the server, µs per connection"
 HEADINGS = (
     "median",
     "lowest - highest",
@@ -89,10 +91,26 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
         beside_haproxy = any(row.job == job and row.times_haproxy is not None for row in rows)
         headings = (*HEADINGS[:-1], HEADINGS[-1] if beside_haproxy else "")
         for burst in dict.fromkeys(row.burst for row in rows):
-            at_a_time = "one by one" if burst == 1 else f"bursts of {burst}"
-            yield LINE.format(at_a_time, *headings).rstrip()
+            yield LINE.format(at_a_time(burst), *headings).rstrip()
             yield from (_line(row) for row in rows if (row.job, row.burst) == (job, burst))
         yield ""
+
+
+def at_a_time(burst: int) -> str:
+    """Return what a table says of its bursts."""
+    return "one by one" if burst == 1 else f"bursts of {burst}"
+
+
+def panels(rows: Sequence[Row]) -> Iterator[Panel]:
+    """Yield a picture per job and burst."""
+    for job, title in TITLES.items():
+        for burst in dict.fromkeys(row.burst for row in rows):
+            bars = [
+                Bar(row.loop, row.name, row.median, row.lowest, row.highest, is_ours(row.name))
+                for row in rows
+                if (row.job, row.burst) == (job, burst)
+            ]
+            yield Panel(f"{title}; {at_a_time(burst)}", SHORT_UNIT, bars)
 
 
 def _line(row: Row) -> str:

@@ -1,6 +1,7 @@
 """Server CPU time per connection: condaccept beside a C loop, HAProxy, nginx and asyncio.
 
-    python benchmarks/bench_accept.py [--loop asyncio|uvloop|both] [--quick] [--json FILE]
+    python benchmarks/bench_accept.py [--loop asyncio|uvloop|both] [--quick]
+        [--json FILE] [--plot FILE]
 
 README.md in this folder says what is measured, and what isn't.
 """
@@ -16,7 +17,7 @@ from _build import compile_c, generator
 from _contestants import contestants
 from _measure import Load, Settings, measure
 from _process import Cores
-from _report import summarise, tables
+from _report import panels, summarise, tables
 
 FULL = Settings(rounds=9, connections=5000, bursts=(1, 64), warm_up=500)
 QUICK = Settings(rounds=1, connections=128, bursts=(1, 64), warm_up=64)
@@ -42,7 +43,7 @@ def main() -> int:
     total = len(samples) * settings.connections
     machine = _cli.describe(cores, language) | _proxies.versions()
     result = _cli.Result(machine, settings, everybody, rows, samples)
-    result.end(f"{errors} of {total} connections ended the wrong way", options.json)
+    result.end(f"{errors} of {total} connections ended the wrong way", options, list(panels(rows)))
     return 1 if errors else 0
 
 

@@ -1,6 +1,7 @@
 """What a decision costs under `Listener.serve()`: a condition that looks or waits, and none.
 
-    python benchmarks/bench_conditions.py [--loop asyncio|uvloop|both] [--quick] [--json FILE]
+    python benchmarks/bench_conditions.py [--loop asyncio|uvloop|both] [--quick]
+        [--json FILE] [--plot FILE]
 
 README.md in this folder says what is measured, and what isn't.
 """
@@ -17,8 +18,9 @@ import _cli
 from _build import generator
 from _contestants import CONDITIONS, CONSTANT, JOBS, named
 from _measure import Load, Settings, measure
+from _plot import Bar, Panel
 from _process import Cores
-from _report import ratio
+from _report import SHORT_UNIT, UNIT, at_a_time, ratio
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -34,7 +36,6 @@ TITLES = {
     "reject": f"reject under serve(): each caller sends {REQUEST} bytes, and is reset",
     "accept": "accept under serve(): write 5 bytes, close",
 }
-UNIT = "CPU time of the server, user + system, in µs per connection"
 HEADINGS = ("median", "lowest - highest", "sleeps", "per second", "more", f"x {CONSTANT}")
 LINE = "{:<41}{:>7}{:>17}{:>8}{:>12}{:>8}{:>14}"
 
@@ -76,7 +77,7 @@ def main() -> int:
     errors = sum(sample.errors for sample in samples)
     total = len(samples) * settings.connections
     result = _cli.Result(_cli.describe(cores, language), settings, everybody, rows, samples)
-    result.end(f"{errors} of {total} connections ended the wrong way", options.json)
+    result.end(f"{errors} of {total} connections ended the wrong way", options, list(panels(rows)))
     return 1 if errors or not samples else 0
 
 
@@ -106,20 +107,30 @@ def summarise(samples: Sequence[Sample]) -> list[Row]:
                 ratio(cost, constant),
             )
         )
-    return rows
+    order = list(CONDITIONS.values())
+    return sorted(rows, key=lambda row: (row.loop, order.index(row.name)))
 
 
 def tables(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield the lines of one table per job, the conditions in one order in all of them."""
-    order = list(CONDITIONS.values())
-    rows = sorted(rows, key=lambda row: (row.loop, order.index(row.name)))
+    """Yield the lines of one table per job."""
     for job, title in TITLES.items():
         yield f"{title}\n{UNIT}"
         for burst in dict.fromkeys(row.burst for row in rows):
-            at_a_time = "one by one" if burst == 1 else f"bursts of {burst}"
-            yield LINE.format(at_a_time, *HEADINGS)
+            yield LINE.format(at_a_time(burst), *HEADINGS)
             yield from (_line(row) for row in rows if (row.job, row.burst) == (job, burst))
         yield ""
+
+
+def panels(rows: Sequence[Row]) -> Iterator[Panel]:
+    """Yield a picture per job and burst."""
+    for job in TITLES:
+        for burst in dict.fromkeys(row.burst for row in rows):
+            bars = [
+                Bar(row.loop, row.name, row.median, row.lowest, row.highest)
+                for row in rows
+                if (row.job, row.burst) == (job, burst)
+            ]
+            yield Panel(f"{job} under serve(); {at_a_time(burst)}", SHORT_UNIT, bars)
 
 
 def _line(row: Row) -> str:
