@@ -6,7 +6,8 @@ VENV ?= .venv
 PYTHON ?=
 CANDIDATES := python3 python3.13 python3.12 python3.11
 PYTEST_ARGS ?=
-BENCH ?= accept stream defer flood
+# Empty, both: all benchmarks as they are, and benchmarks/RESULTS.md is written anew.
+BENCH ?=
 BENCH_ARGS ?=
 SOAK_ARGS ?=
 
@@ -38,8 +39,8 @@ coverage: $(VENV)/.test  ## run the tests and report the branches they miss
 	@"$(python)" -m coverage run -m pytest $(PYTEST_ARGS)
 	@"$(python)" -m coverage report
 
-bench: $(VENV)/.run  ## measure connections, echoes, waiting, floods; BENCH=stream chooses, BENCH_ARGS="--loop uvloop" goes to each
-	@for name in $(BENCH); do "$(python)" benchmarks/bench_$$name.py $(BENCH_ARGS) || exit; done
+bench: $(VENV)/.plot  ## measure everything and rewrite the results; BENCH=stream, BENCH_ARGS="--loop uvloop" only print
+	@"$(python)" benchmarks/run_all.py --only "$(BENCH)" $(BENCH_ARGS)
 
 soak: $(VENV)/.test  ## let callers and faults come at random, for two minutes; SOAK_ARGS="--seconds 20"
 	@"$(python)" -X dev -W error -m tests.soak $(SOAK_ARGS)
