@@ -30,7 +30,8 @@ class Run(NamedTuple):
 
 def document(date: str, machine: Mapping[str, object], runs: Mapping[str, Run]) -> str:
     """Return the text of RESULTS.md; *runs* has each script by its name, in this order."""
-    return "\n".join(_lines(date, machine, runs))
+    text = "\n".join(_lines(date, machine, runs))
+    return "\n".join(line.rstrip() for line in text.split("\n"))
 
 
 def _lines(date: str, machine: Mapping[str, object], runs: Mapping[str, Run]) -> Iterator[str]:
@@ -40,7 +41,10 @@ def _lines(date: str, machine: Mapping[str, object], runs: Mapping[str, Run]) ->
     for name, value in machine.items():
         yield f"| {name} | {value} |"
     yield "\n## The goals\n"
-    yield "Computed from this run: medians of the ratios within each round, in bursts of 64.\n"
+    yield (
+        "Computed from this run. A ratio is the median of those within each round;"
+        " what concerns accepting is in bursts of 64.\n"
+    )
     yield from _table(list(goals({name: run.report for name, run in runs.items()})))
     for name, run in runs.items():
         yield f"\n## `bench_{name}.py`\n"
@@ -55,8 +59,10 @@ def _table(goals: Sequence[Goal]) -> Iterator[str]:
     order = list(dict.fromkeys(goal.what for goal in goals))  # both loops, one below the other
     for goal in sorted(goals, key=lambda goal: order.index(goal.what)):
         sign = "≥" if goal.at_least else "≤"
-        reached = "not measured" if goal.reached is None else _number(goal, goal.reached)
-        met = "yes" if goal.met else "no"
+        if goal.reached is None:
+            reached, met = "not measured", ""
+        else:
+            reached, met = _number(goal, goal.reached), "yes" if goal.met else "no"
         limit = _number(goal, goal.limit)
         yield f"| {goal.what} | {goal.loop} | {sign} {limit} | {reached} | {met} |"
 

@@ -193,14 +193,15 @@ def table(rows: Sequence[Row], loops: Sequence[str], settings: Settings) -> Iter
 
 
 def panels(kept: Sequence[Sample], rows: Sequence[Row]) -> Iterator[Panel]:
-    """Yield a picture of the memory, and one per way."""
-    bars = []
-    for sample in kept:
-        once = sample.values["once"]
-        bars.append(Bar(sample.loop, f"{sample.size:,} {KINDS[sample.kind]}", once, once, once))
-    yield Panel(
-        "memory, deferred once", "bytes of the Python side, per connection", bars, "{:,.0f}"
-    )
+    """Yield a picture of the memory per kind, and one per way."""
+    for kind, title in KINDS.items():
+        bars = []
+        for sample in kept:
+            if sample.kind == kind:
+                once = sample.values["once"]
+                bars.append(Bar(sample.loop, f"{sample.size:,} deferred", once, once, once))
+        unit = "bytes of the Python side, per connection"
+        yield Panel(f"memory, deferred once: {title}", unit, bars, "{:,.0f}")
     for way, title in WAYS.items():
         bars = [
             Bar(row.loop, f"{row.size:,} deferred", row.median, row.lowest, row.highest)
