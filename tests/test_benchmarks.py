@@ -395,6 +395,16 @@ def test_results_document() -> None:
         assert f"![bench_{name}.py](results/{name}.svg)" in text
 
 
+@pytest.mark.usefixtures("modules")
+def test_results_without_haproxy() -> None:
+    """What was not measured is neither reached nor missed."""
+    results = module("_results")
+    runs = {name: results.Run("", "", report) for name, report in reports(1.0, None).items()}
+    text = results.document("2030-01-02", {}, runs)
+
+    assert "| `serve()` and reject, to HAProxy | uvloop | ≤ 1.10 | not measured |  |" in text
+
+
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
