@@ -6,7 +6,8 @@ VENV ?= .venv
 PYTHON ?=
 CANDIDATES := python3 python3.13 python3.12 python3.11
 PYTEST_ARGS ?=
-BENCH ?= accept stream defer flood
+# Empty, both: all benchmarks as they are, and benchmarks/RESULTS.md is written anew.
+BENCH ?=
 BENCH_ARGS ?=
 SOAK_ARGS ?=
 
@@ -38,8 +39,8 @@ coverage: $(VENV)/.test  ## run the tests and report the branches they miss
 	@"$(python)" -m coverage run -m pytest $(PYTEST_ARGS)
 	@"$(python)" -m coverage report
 
-bench: $(VENV)/.run  ## measure connections, echoes, waiting, floods; BENCH=stream chooses, BENCH_ARGS="--loop uvloop" goes to each
-	@for name in $(BENCH); do "$(python)" benchmarks/bench_$$name.py $(BENCH_ARGS) || exit; done
+bench: $(VENV)/.plot  ## measure everything and rewrite the results; BENCH=stream, BENCH_ARGS="--loop uvloop" only print
+	@"$(python)" benchmarks/run_all.py --only "$(BENCH)" $(BENCH_ARGS)
 
 soak: $(VENV)/.test  ## let callers and faults come at random, for two minutes; SOAK_ARGS="--seconds 20"
 	@"$(python)" -X dev -W error -m tests.soak $(SOAK_ARGS)
@@ -53,27 +54,32 @@ help:  ## show this
 	@echo 'make TARGET [PYTHON=python3.12] [VENV=.venv]'
 	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  \1:\2/p' Makefile | awk -F: '{ printf "%-12s%s\n", $$1, $$2 }'
 
-# Three stages, each holding the one before it. pyproject.toml is all that an editable install depends on.
+# Four stages, each holding the one before it. pyproject.toml is all that an editable install depends on.
 
 $(VENV)/.run: pyproject.toml $(python) | same-python
 	@echo 'Installing condaccept into $(VENV)'
 	@$(pip) .
 	@touch $@
 
+$(VENV)/.plot: pyproject.toml $(python) | same-python
+	@echo 'Installing condaccept and what draws the benchmarks into $(VENV)'
+	@$(pip) '.[plot]'
+	@touch $(VENV)/.run $@
+
 $(VENV)/.test: pyproject.toml $(python) | same-python
 	@echo 'Installing condaccept and what its tests need into $(VENV)'
 	@$(pip) '.[test]'
-	@touch $(VENV)/.run $@
+	@touch $(VENV)/.run $(VENV)/.plot $@
 
 $(VENV)/.dev: pyproject.toml $(python) | same-python
 	@echo 'Installing condaccept and the tools of its developers into $(VENV)'
 	@$(pip) '.[dev]'
-	@touch $(VENV)/.run $(VENV)/.test $@
+	@touch $(VENV)/.run $(VENV)/.plot $(VENV)/.test $@
 
 # When the interpreter behind the environment is gone, it is made again, and make has to be told that what was
 # installed went with it: the new interpreter may be older than the stamps that make remembers.
 ifeq ($(realpath $(python)),)
-$(VENV)/.run $(VENV)/.test $(VENV)/.dev: FORCE
+$(VENV)/.run $(VENV)/.plot $(VENV)/.test $(VENV)/.dev: FORCE
 FORCE:
 endif
 

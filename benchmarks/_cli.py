@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import _plot
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 LOOPS = ("asyncio", "uvloop")
 MAX_ROUNDS = 100
+# What a child can do in the 120 seconds that it gives itself, and what _load.c has room for.
+MAX_CONNECTIONS, MAX_BURST = 100_000, 512
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -30,7 +34,18 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     add("--rounds", type=up_to(MAX_ROUNDS), metavar="N")
     add("--quick", action="store_true", help="everything once, to see that it works; no numbers")
     add("--json", type=Path, metavar="FILE", help="also write every sample there")
+    add("--plot", type=_plot.target, metavar="FILE", help="also draw the tables: .svg or .png")
     return parser
+
+
+def accepting(doc: str | None) -> argparse.ArgumentParser:
+    """Return the same, for scripts that measure what accepting costs."""
+    accepting = parser(doc)
+    add = accepting.add_argument
+    add("--connections", type=up_to(MAX_CONNECTIONS), metavar="N", help="per measurement")
+    bursts = some_up_to(MAX_BURST)
+    add("--bursts", type=bursts, metavar="N,N", help="connections at a time; default 1,64")
+    return accepting
 
 
 def loops(options: argparse.Namespace) -> Sequence[str]:
@@ -95,13 +110,15 @@ class Result(NamedTuple):
         """Return who could not run here, and what for."""
         return {f"{c.loop} {c.name}".strip(): c.lacks for c in self.everybody if c.lacks}
 
-    def end(self, verdict: str, file: Path | None) -> None:
-        """Print what stands under every table, and write *file*."""
+    def end(self, verdict: str, options: argparse.Namespace, panels: Sequence[_plot.Panel]) -> None:
+        """Print what stands under every table, and write and draw what was asked for."""
         for name, lacks in self.left_out().items():
             print(f"left out: {name}; it needs {lacks}")
         print(verdict)
         print(", ".join(f"{name} {value}" for name, value in self.machine.items()))
-        if file:
+        if options.plot:
+            _plot.draw(options.plot, panels)
+        if options.json:
             report = {
                 "machine": self.machine,
                 "settings": self.settings._asdict(),
@@ -109,7 +126,7 @@ class Result(NamedTuple):
                 "rows": [row._asdict() for row in self.rows],
                 "samples": [sample._asdict() for sample in self.samples],
             }
-            file.write_text(json.dumps(report, indent=1) + "\n")
+            options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def run(main: Callable[[], int]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from _contestants import STREAMS
 from _measure import in_turn
+from _plot import Bar, Panel, is_ours
 from _process import Cores, Usage, output, serve
 from _report import ratio
 
@@ -188,3 +189,14 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
                     f"{row.idle:.0%}",
                 )
         yield ""
+
+
+def panels(rows: Sequence[Row]) -> Iterator[Panel]:
+    """Yield a picture per job."""
+    for job in JOBS:
+        bars = [
+            Bar(row.loop, row.name, row.rate, row.lowest, row.highest, is_ours(row.name))
+            for row in rows
+            if row.job == job
+        ]
+        yield Panel(f"echo of {job}", "requests per second", bars, "{:,.0f}")

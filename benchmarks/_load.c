@@ -1,10 +1,12 @@
 /* Load generator: COUNT connections to 127.0.0.1:PORT, BURST of them at a time.
  *
- *     _load PORT COUNT BURST   ->   prints "SERVED RESET WRONG"
+ *     _load PORT COUNT BURST REQUEST   ->   prints "SERVED RESET EMPTY WRONG NANOSECONDS"
  *
+ * Each sends REQUEST bytes, maybe none, as soon as it is connected.
  * A burst is started whole and must have ended whole before the next begins.
  * SERVED got exactly "hello" and then EOF, RESET got a reset and not one byte,
- * and WRONG is everything else.
+ * EMPTY an EOF and not one byte, and WRONG is everything else. NANOSECONDS is
+ * what all of it took by the wall.
  *
  * It never sleeps: a server on the same machine would pay for waking it, and no
  * server pays for waking a client at the other end of a network.
@@ -21,13 +23,15 @@
 
 #include "_load_common.h"
 
-enum { MAX_BURST = 512, LIFETIME = 120 /* seconds, then SIGALRM ends it */ };
-enum outcome { SERVED, RESET, WRONG, OPEN };
+enum { MAX_BURST = 512, MAX_REQUEST = 1024, LIFETIME = 120 /* seconds, then SIGALRM ends it */ };
+enum outcome { SERVED, RESET, EMPTY, WRONG, OPEN };
 
 static const char greeting[] = "hello";
 static struct pollfd clients[MAX_BURST];
 static char got[MAX_BURST][sizeof greeting]; /* one byte more than is right */
 static size_t got_len[MAX_BURST];
+static const char request[MAX_REQUEST];
+static size_t request_len;
 static long counts[OPEN];
 
 static enum outcome read_on(int i)
@@ -40,6 +44,8 @@ static enum outcome read_on(int i)
                 return WRONG;
         } else if (n == 0) {
             size_t want = sizeof greeting - 1;
+            if (got_len[i] == 0)
+                return EMPTY;
             return got_len[i] == want && !memcmp(got[i], greeting, want) ? SERVED : WRONG;
         } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
             return OPEN;
@@ -47,6 +53,16 @@ static enum outcome read_on(int i)
             return errno == ECONNRESET && got_len[i] == 0 ? RESET : WRONG;
         }
     }
+}
+
+/* POLLOUT among the events says that the request has not been sent. */
+static enum outcome send_request(int i)
+{
+    if (send(clients[i].fd, request, request_len, MSG_NOSIGNAL) == (ssize_t)request_len)
+        clients[i].events = POLLIN;
+    else if (errno != EAGAIN && errno != EWOULDBLOCK) /* not connected yet */
+        return errno == ECONNRESET ? RESET : WRONG;
+    return OPEN;
 }
 
 static void open_client(int i)
@@ -58,7 +74,7 @@ static void open_client(int i)
     if (fd < 0 || fcntl(fd, F_SETFL, O_NONBLOCK) < 0)
         die("socket");
     setsockopt(fd, SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
-    clients[i] = (struct pollfd){.fd = fd, .events = POLLIN};
+    clients[i] = (struct pollfd){.fd = fd, .events = request_len ? POLLIN | POLLOUT : POLLIN};
     got_len[i] = 0;
 }
 
@@ -75,10 +91,15 @@ static void run_burst(const struct sockaddr_in *server, int size)
     for (int i = 0; i < size; i++)
         open_client(i);
     for (int i = 0; i < size; i++) {
-        if (connect(clients[i].fd, (const void *)server, sizeof *server) == 0 || errno == EINPROGRESS)
-            continue;
-        end_client(i, errno == ECONNRESET ? RESET : WRONG); /* a fast server is done already */
-        open--;
+        enum outcome outcome = OPEN;
+        if (connect(clients[i].fd, (const void *)server, sizeof *server) < 0 && errno != EINPROGRESS)
+            outcome = errno == ECONNRESET ? RESET : WRONG; /* a fast server is done already */
+        else if (request_len)
+            outcome = send_request(i);
+        if (outcome != OPEN) {
+            end_client(i, outcome);
+            open--;
+        }
     }
     while (open > 0) {
         int ready = poll(clients, (nfds_t)size, 0);
@@ -88,8 +109,12 @@ static void run_burst(const struct sockaddr_in *server, int size)
             sched_yield(); /* matters only where the server has no core of its own */
         for (int i = 0; i < size; i++) {
             enum outcome outcome = OPEN;
-            if (clients[i].fd >= 0 && clients[i].revents)
-                outcome = read_on(i);
+            if (clients[i].fd >= 0 && clients[i].revents) {
+                if (clients[i].events & POLLOUT)
+                    outcome = send_request(i);
+                if (outcome == OPEN)
+                    outcome = read_on(i);
+            }
             if (outcome != OPEN) {
                 end_client(i, outcome);
                 open--;
@@ -100,7 +125,7 @@ static void run_burst(const struct sockaddr_in *server, int size)
 
 int main(int argc, char **argv)
 {
-    if (argc != 4)
+    if (argc != 5)
         return 2;
     struct sockaddr_in server = {
         .sin_family = AF_INET,
@@ -109,14 +134,17 @@ int main(int argc, char **argv)
     };
     long count = atol(argv[2]);
     int burst = atoi(argv[3]);
-    if (burst < 1 || burst > MAX_BURST)
+    request_len = strtoul(argv[4], NULL, 10);
+    if (burst < 1 || burst > MAX_BURST || request_len > MAX_REQUEST)
         return 2;
     alarm(LIFETIME);
+    long long before = now();
     while (count > 0) {
         int size = count < burst ? (int)count : burst;
         run_burst(&server, size);
         count -= size;
     }
-    printf("%ld %ld %ld\n", counts[SERVED], counts[RESET], counts[WRONG]);
+    printf("%ld %ld %ld %ld ", counts[SERVED], counts[RESET], counts[EMPTY], counts[WRONG]);
+    printf("%lld\n", now() - before);
     return 0;
 }

@@ -6,6 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from _contestants import JOBS
 from _process import Cores, Usage, output, serve
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-JOBS = ("reject", "accept")
 WARM_UP_BURST = 64
 SETTLE = 0.01  # seconds for a server to fall asleep after its last connection
 
@@ -43,6 +43,8 @@ class Sample(NamedTuple):
     """CPU time of the server process, user and system, per connection, in microseconds."""
     sleeps: float
     """How often the server had nothing to do, per connection: 1 / the size of its batches."""
+    rate: float
+    """Connections per second, by the wall of the load generator."""
     errors: int
     """Connections that didn't end as the job says."""
 
@@ -52,12 +54,18 @@ class Load(NamedTuple):
 
     command: tuple[str, ...]
     core: int
+    request: int = 0
+    """Bytes that a client sends at once if it is to be rejected. One that is served sends
+    none: left unread, they would make a reset of its end."""
 
-    def errors(self, port: int, job: str, count: int, burst: int) -> int:
-        """Make *count* connections and return how many didn't end as they should."""
-        printed = output((*self.command, str(port), str(count), str(burst)), self.core)
-        served, reset, _wrong = map(int, printed.split())
-        return count - (served if job == "accept" else reset)
+    def run(self, port: int, ending: str, count: int, burst: int) -> tuple[int, float]:
+        """Make *count* connections; return how many had another *ending*, and the seconds."""
+        request = 0 if ending == "served" else self.request
+        asked = (*self.command, *map(str, (port, count, burst, request)))
+        printed = output(asked, self.core)
+        *counts, took = map(int, printed.split())
+        ended = dict(zip(("served", "reset", "empty", "wrong"), counts, strict=True))
+        return count - ended[ending], took / 1e9
 
 
 def measure(
@@ -67,8 +75,9 @@ def measure(
     for number, line in in_turn(contestants, settings.rounds):
         for job in JOBS:
             for contestant in line:
-                for sample in _samples(contestant, job, load, cores, settings):
-                    yield sample._replace(round=number)
+                if job in contestant.jobs:
+                    for sample in _samples(contestant, job, load, cores, settings):
+                        yield sample._replace(round=number)
 
 
 def in_turn(contestants: Sequence[T], rounds: int) -> Iterator[tuple[int, Sequence[T]]]:
@@ -82,13 +91,14 @@ def in_turn(contestants: Sequence[T], rounds: int) -> Iterator[tuple[int, Sequen
 def _samples(
     contestant: Contestant, job: str, load: Load, cores: Cores, settings: Settings
 ) -> Iterator[Sample]:
+    ending = "served" if job == "accept" else contestant.rejection
     with serve((*contestant.command, job), cores.server) as (pid, port):
-        errors = load.errors(port, job, settings.warm_up, WARM_UP_BURST)
+        errors, _ = load.run(port, ending, settings.warm_up, WARM_UP_BURST)
         assert not errors, f"{contestant.name}, {job}: {errors} connections ended the wrong way"
         for burst in settings.bursts:
             time.sleep(SETTLE)
             before = Usage.of(pid)
-            errors = load.errors(port, job, settings.connections, burst)
+            errors, seconds = load.run(port, ending, settings.connections, burst)
             time.sleep(SETTLE)
             after = Usage.of(pid)
             yield Sample(
@@ -99,5 +109,6 @@ def _samples(
                 name=contestant.name,
                 cpu_us=(after.cpu_ns - before.cpu_ns) / settings.connections / 1000,
                 sleeps=(after.sleeps - before.sleeps) / settings.connections,
+                rate=settings.connections / seconds,
                 errors=errors,
             )

@@ -1,6 +1,7 @@
-"""Server CPU time per connection: condaccept beside a C loop and `asyncio.start_server`.
+"""Server CPU time per connection: condaccept beside a C loop, HAProxy, nginx and asyncio.
 
-    python benchmarks/bench_accept.py [--loop asyncio|uvloop|both] [--quick] [--json FILE]
+    python benchmarks/bench_accept.py [--loop asyncio|uvloop|both] [--quick]
+        [--json FILE] [--plot FILE]
 
 README.md in this folder says what is measured, and what isn't.
 """
@@ -9,27 +10,22 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import _cli
+import _proxies
 from _build import compile_c, generator
 from _contestants import contestants
 from _measure import Load, Settings, measure
 from _process import Cores
-from _report import summarise, tables
-
-if TYPE_CHECKING:
-    import argparse
+from _report import panels, summarise, tables
 
 FULL = Settings(rounds=9, connections=5000, bursts=(1, 64), warm_up=500)
 QUICK = Settings(rounds=1, connections=128, bursts=(1, 64), warm_up=64)
-# What a child can do in the 120 seconds that it gives itself, and what _load.c has room for.
-MAX_CONNECTIONS, MAX_BURST = 100_000, 512
 
 
 def main() -> int:
     """Measure and print; the exit status is 1 if a connection ended the wrong way."""
-    options = parse()
+    options = _cli.accepting(__doc__).parse_args()
     cores = Cores.choose()
     settings = _cli.amounts(options, FULL, QUICK)
 
@@ -45,24 +41,10 @@ def main() -> int:
         print(line)
     errors = sum(sample.errors for sample in samples)
     total = len(samples) * settings.connections
-    machine = _cli.describe(cores, language)
+    machine = _cli.describe(cores, language) | _proxies.versions()
     result = _cli.Result(machine, settings, everybody, rows, samples)
-    result.end(f"{errors} of {total} connections ended the wrong way", options.json)
+    result.end(f"{errors} of {total} connections ended the wrong way", options, list(panels(rows)))
     return 1 if errors else 0
-
-
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = _cli.parser(__doc__)
-    add = parser.add_argument
-    add("--connections", type=_cli.up_to(MAX_CONNECTIONS), metavar="N", help="per measurement")
-    add(
-        "--bursts",
-        type=_cli.some_up_to(MAX_BURST),
-        metavar="N,N",
-        help="connections at a time; default 1,64",
-    )
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""What deferred connections cost under `serve()`: memory, offers, wake-ups, for 10 to 10,000.
+"""What deferred connections cost under `serve()`: memory, offers, wake-ups, for 10 to 15,000.
 
-    python benchmarks/bench_defer.py [--loop asyncio|uvloop|both] [--quick] [--json FILE]
+    python benchmarks/bench_defer.py [--loop asyncio|uvloop|both] [--quick]
+        [--json FILE] [--plot FILE]
 
 README.md in this folder says what is measured, and what isn't.
 """
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import _cli
 from _contestants import HERE
 from _measure import in_turn
+from _plot import Bar, Panel
 from _process import Cores, output, raise_descriptor_limit, serve
-from _report import ratio
+from _report import SHORT_UNIT, ratio
 
 if TYPE_CHECKING:
     import argparse
@@ -52,7 +54,7 @@ class Settings(NamedTuple):
     """How many are deferred. Ratios are to the first."""
 
 
-FULL = Settings(rounds=3, wake_ups=2000, sizes=(10, 1000, 10_000))
+FULL = Settings(rounds=3, wake_ups=2000, sizes=(10, 1000, 10_000, 15_000))
 QUICK = Settings(rounds=1, wake_ups=20, sizes=(10, 200))
 
 
@@ -79,7 +81,7 @@ class Row(NamedTuple):
     median: float
     lowest: float
     highest: float
-    times_first: float | None
+    times_first: float
     """To the smallest number of connections: the median of the ratios within each round."""
 
 
@@ -104,7 +106,11 @@ def main() -> int:
     wrong = sum(sample.wrong for sample in samples)
     result = _cli.Result(_cli.describe(cores, "Python"), settings, (), rows, samples)
     total = sum(sample.size for sample in samples)
-    result.end(f"{wrong} of {total} connections did not stay deferred to the end", options.json)
+    result.end(
+        f"{wrong} of {total} connections did not stay deferred to the end",
+        options,
+        list(panels(kept, rows)),
+    )
     return 1 if wrong or not samples else 0
 
 
@@ -186,13 +192,37 @@ def table(rows: Sequence[Row], loops: Sequence[str], settings: Settings) -> Iter
     yield ""
 
 
+def panels(kept: Sequence[Sample], rows: Sequence[Row]) -> Iterator[Panel]:
+    """Yield a picture of the memory per kind, and one per way."""
+    for kind, title in KINDS.items():
+        bars = []
+        for sample in kept:
+            if sample.kind == kind:
+                once = sample.values["once"]
+                bars.append(Bar(sample.loop, f"{sample.size:,} deferred", once, once, once))
+        unit = "bytes of the Python side, per connection"
+        yield Panel(f"memory, deferred once: {title}", unit, bars, "{:,.0f}")
+    for way, title in WAYS.items():
+        bars = [
+            Bar(row.loop, f"{row.size:,} deferred", row.median, row.lowest, row.highest)
+            for row in sorted(rows, key=lambda each: (each.loop, each.size))
+            if row.what == way
+        ]
+        yield Panel(title, SHORT_UNIT, bars)
+
+
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = _cli.parser(__doc__)
     add = parser.add_argument
     add("--wake-ups", type=_cli.up_to(MAX_WAKE_UPS), metavar="N", help="per measurement")
     sizes = _cli.some_up_to(MAX_SIZE)
-    add("--sizes", type=sizes, metavar="N,N", help="deferred connections; default 10,1000,10000")
+    add(
+        "--sizes",
+        type=sizes,
+        metavar="N,N",
+        help="deferred connections; default 10,1000,10000,15000",
+    )
     return parser.parse_args()
 
 

@@ -1,6 +1,7 @@
 """Echoes on an established stream while a flood is rejected: condaccept beside `start_server`.
 
-    python benchmarks/bench_flood.py [--loop asyncio|uvloop|both] [--quick] [--json FILE]
+    python benchmarks/bench_flood.py [--loop asyncio|uvloop|both] [--quick]
+        [--json FILE] [--plot FILE]
 
 README.md in this folder says what is measured, and what isn't.
 """
@@ -18,6 +19,7 @@ import _cli
 from _build import generator
 from _contestants import GUARDS, START_SERVER, named
 from _measure import in_turn
+from _plot import Bar, Panel, is_ours
 from _process import Cores, Usage, output, raise_descriptor_limit, serve
 from _report import ratio
 
@@ -124,7 +126,7 @@ def main() -> int:
     started, echoes = (sum(getattr(s, name) for s in samples) for name in ("started", "echoes"))
     result = _cli.Result(_cli.describe(cores, language), settings, everybody, rows, samples)
     verdict = f"of {started} connections and {echoes} echoes, {wrong} ended the wrong way"
-    result.end(verdict, options.json)
+    result.end(verdict, options, panels(rows, settings))
     return 1 if wrong or not all(sample.echoes for sample in samples) else 0
 
 
@@ -199,6 +201,15 @@ def line(row: Row) -> str:
         f"{row.busy:.0%}",
         f"{row.disturbed:.1%}",
     )
+
+
+def panels(rows: Sequence[Row], settings: Settings) -> Sequence[Panel]:
+    """Return the picture."""
+    bars = [
+        Bar(row.loop, row.name, row.p99, row.lowest, row.highest, is_ours(row.name)) for row in rows
+    ]
+    title = f"echo of 64 B while {settings.rate:,} connections a second are rejected"
+    return [Panel(title, "p99 of the echo, µs", bars, "{:,.0f}")]
 
 
 def parse() -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """How long a transfer takes with a token rate: a ratio to the same one without.
 
-    python benchmarks/bench_pacing.py [--loop asyncio|uvloop|both] [--quick] [--json FILE]
+    python benchmarks/bench_pacing.py [--loop asyncio|uvloop|both] [--quick]
+        [--json FILE] [--plot FILE]
 
 README.md in this folder says what is measured, and what isn't.
 """
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import _cli
 from _contestants import HERE
 from _measure import in_turn
+from _plot import Bar, Panel
 from _process import Cores, output, serve
 
 if TYPE_CHECKING:
@@ -84,7 +86,7 @@ def main() -> int:
         print(line(row))
     result = _cli.Result(_cli.describe(cores, "Python"), settings, (), rows, samples)
     verdict = f"{short} of {len(samples)} transfers ended with another number of bytes"
-    result.end(verdict, options.json)
+    result.end(verdict, options, panels(rows, settings))
     return 1 if short else 0
 
 
@@ -114,23 +116,33 @@ def summarise(samples: Sequence[Sample]) -> list[Row]:
             sample.seconds / base.seconds
             for sample, base in zip(cell, cells[loop, UNPACED], strict=True)
         ]
-        milliseconds = (1000 * each(times) for each in (median, min, max))
+        middle, lowest, highest = (1000 * each(times) for each in (median, min, max))
         reached = median(sample.received for sample in cell) / median(times)
-        rows.append(Row(loop, rate, *milliseconds, reached, median(ratios)))
+        rows.append(Row(loop, rate, middle, lowest, highest, reached, median(ratios)))
     return rows
 
 
 def line(row: Row) -> str:
     """Return a line of the table."""
-    kind = f"{row.rate // MEGABYTE} MB/s" if row.rate else "unpaced"
     return LINE.format(
-        f"  {row.loop:<9}{kind}",
+        f"  {row.loop:<9}{kind(row)}",
         f"{row.median:.1f}",
         f"{row.lowest:.1f} - {row.highest:.1f}",
         f"{row.reached / MEGABYTE:.1f}",
         f"{row.reached / row.rate:.2f}" if row.rate else "",
         f"{row.times_unpaced:.1f}",
     )
+
+
+def kind(row: Row) -> str:
+    """Return what was asked for."""
+    return f"{row.rate // MEGABYTE} MB/s" if row.rate else "unpaced"
+
+
+def panels(rows: Sequence[Row], settings: Settings) -> Sequence[Panel]:
+    """Return the picture."""
+    bars = [Bar(row.loop, kind(row), row.median, row.lowest, row.highest) for row in rows]
+    return [Panel(f"one transfer of {settings.size:,} bytes", "milliseconds", bars)]
 
 
 def parse() -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """Echoes per second and their latency: a condaccept stream beside asyncio's streams and protocols.
 
-    python benchmarks/bench_stream.py [--loop asyncio|uvloop|both] [--quick] [--json FILE]
+    python benchmarks/bench_stream.py [--loop asyncio|uvloop|both] [--quick]
+        [--json FILE] [--plot FILE]
 
 README.md in this folder says what is measured, and what isn't.
 """
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 import _cli
 from _build import generator
 from _contestants import ECHOERS, named
-from _echoes import Settings, measure, summarise, tables
+from _echoes import Settings, measure, panels, summarise, tables
 from _process import Cores
 
 if TYPE_CHECKING:
@@ -44,7 +45,11 @@ def main() -> int:
     total = sum(sample.requests for sample in samples)
     machine = _cli.describe(cores, language)
     result = _cli.Result(machine, settings, everybody, rows, samples)
-    result.end(f"{total} echoes were right, and {wrong} connections went wrong", options.json)
+    result.end(
+        f"{total} echoes were right, and {wrong} connections went wrong",
+        options,
+        list(panels(rows)),
+    )
     return 1 if wrong or not all(sample.requests for sample in samples) else 0
 
 

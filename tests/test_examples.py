@@ -1,12 +1,10 @@
-"""The example, the README and the benchmark do what they say."""
+"""The examples, the README and the documents do what they say."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -221,91 +219,3 @@ def test_documents(program: str, tmp_path: Path) -> None:
     )
 
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def quick(script: str) -> str:
-    """Run a benchmark once through and return what it printed."""
-    if shutil.which("cc") is None:
-        pytest.skip("needs the system package gcc, for the C programs of the benchmarks")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script), "--quick"],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the benchmark measures on Linux only")
-def test_benchmark_of_accepting() -> None:
-    """The benchmark runs, and no connection in it ends the wrong way."""
-    printed = quick("bench_accept.py")
-
-    assert "C loop" in printed
-    for loop in ("asyncio", "uvloop"):
-        assert re.search(rf"{loop} +condaccept accept\(\), 16 tasks", printed)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux paces")
-def test_pacing_benchmark_quick(tmp_path: Path) -> None:
-    """The benchmark of pacing runs, and every client in it gets every byte."""
-    kept = tmp_path / "samples.json"
-    done = subprocess.run(
-        [
-            *STRICT,
-            str(ROOT / "benchmarks" / "bench_pacing.py"),
-            *("--quick", "--json", str(kept)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "0 of 6 transfers ended with another number of bytes" in done.stdout
-    samples = json.loads(kept.read_text())["samples"]
-    assert {sample["loop"] for sample in samples} == {"asyncio", "uvloop"}
-    assert {sample["received"] for sample in samples} == {1_000_000}
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the benchmark measures on Linux only")
-def test_benchmark_of_streams() -> None:
-    """The benchmark runs, and every echo in it is what was sent."""
-    printed = quick("bench_stream.py")
-
-    for loop in ("asyncio", "uvloop"):
-        for name in ("asyncio streams", "protocol", r"condaccept send\(\)", r"condaccept write"):
-            assert len(re.findall(rf"{loop} +{name}.*\d%", printed)) == 5
-    assert "and 0 connections went wrong" in printed
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the benchmark measures on Linux only")
-def test_benchmark_of_deferring() -> None:
-    """The benchmark runs, and every connection in it is deferred, open and silent at the end."""
-    printed = quick("bench_defer.py")
-
-    for loop in ("asyncio", "uvloop"):
-        assert len(re.findall(rf"{loop} +\d+ deferred", printed)) == 10
-    assert "0 of 1680 connections did not stay deferred" in printed
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the benchmark measures on Linux only")
-@pytest.mark.parametrize("compiler", ["cc", "none"])
-def test_benchmark_of_floods(monkeypatch: pytest.MonkeyPatch, compiler: str) -> None:
-    """The benchmark runs with either generator; all are reset and every echo is right."""
-    monkeypatch.setenv("CC", compiler)
-    printed = quick("bench_flood.py")
-
-    for loop in ("asyncio", "uvloop"):
-        for name in ("start_server", "protocol", r"condaccept serve\(\)"):
-            assert len(re.findall(rf"{loop} +{name} .*%", printed)) == 1
-    assert " 0 ended the wrong way" in printed
