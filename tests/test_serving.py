@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import gc
+import inspect
 import itertools
 import logging
 import socket
@@ -960,6 +961,47 @@ async def test_a_handler_that_is_not_async(
     with gate.dial() as client:
         assert await wire_end(client) == "eof"
     assert "a handler is async" in caplog.text
+    await cancelled(serve)
+
+
+async def test_a_handler_that_takes_no_stream(
+    memory: Memory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An async handler that cannot be called is told so in the log, and serving goes on."""
+    listener, gate = memory
+
+    async def no_argument() -> None:
+        """Do nothing."""
+
+    wrong: Any = no_argument
+    serve = await serving(listener, None, wrong)
+    for _ in range(2):
+        with gate.dial() as client:
+            assert await wire_end(client) == "eof"
+    assert caplog.text.count("takes 0 positional arguments") == 2
+    await cancelled(serve)
+
+
+@pytest.mark.skipif(
+    not hasattr(inspect, "markcoroutinefunction"), reason="Python 3.12 brought the mark"
+)
+async def test_a_handler_marked_as_async(memory: Memory) -> None:
+    """A function that says it is async, and returns another awaitable, is called once."""
+    listener, gate = memory
+    called: list[Stream] = []
+
+    def marked(stream: Stream) -> asyncio.Future[None]:
+        called.append(stream)
+        stream.write(b"hello")
+        done = asyncio.get_running_loop().create_future()
+        done.set_result(None)
+        return done
+
+    inspect.markcoroutinefunction(marked)  # type: ignore[attr-defined, unused-ignore]
+    serve = await serving(listener, None, marked)
+    with gate.dial() as client:
+        assert await wire_end(client) == b"hello"
+    assert len(called) == 1
     await cancelled(serve)
 
 
